@@ -1,0 +1,175 @@
+"""compile(): options -> configuration -> list of passes; and its inverse, restore()."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from memrewrite.backend import Engine, Plan
+from memrewrite.errors import UnsupportedError
+from memrewrite.options import VeLoRA, velora_options
+from memrewrite.sites import candidates, select
+from memrewrite.state import Session, _sessions, session_of, warn, why_not
+from memrewrite.watch import watch
+from passes.base import Pass
+from passes.fold import fold_reconstruction
+from passes.lower import lower_ir_ops
+from passes.velora import compress_saved_inputs
+
+M = TypeVar("M", bound=nn.Module)
+_serial = itertools.count()
+BACKENDS = ("inductor", "aot_eager")
+
+
+def passes_for(plan: Plan) -> list[Pass]:
+    """The order of the passes: this list is the only place that knows it."""
+    if not plan.vectors:
+        return []
+    return [
+        compress_saved_inputs(dict(plan.vectors), frozenset(plan.weights), plan.scale),
+        fold_reconstruction(),
+        lower_ir_ops(),
+    ]
+
+
+def compile(
+    model: M,
+    *,
+    velora: bool | VeLoRA = False,
+    galore_rank: int | None = None,
+    galore: object | None = None,
+    **torch_compile_kwargs: Any,
+) -> M:
+    """Compile `model` in place so that training it needs less memory; returns `model`.
+
+    The same nn.Module comes back: isinstance, state_dict keys and hooks are untouched,
+    and the rest of the training loop stays as it is. Exact rewrites are always on;
+    `velora` adds the approximate ones of arXiv 2405.17991 (see `VeLoRA`).
+    `mode=`, `options=`, `dynamic=`, `fullgraph=`, `disable=` act as in torch.compile;
+    `backend=` is "inductor" or, to run the rewritten graphs without code generation,
+    "aot_eager". A second call with equal options does nothing.
+
+    Raises TypeError for arguments of the wrong kind (a model that torch.compile has
+    already wrapped among them), ValueError for values out of range, sites that match
+    nothing or a second call with other options, and UnsupportedError for what this
+    version cannot do. The model is left as it was.
+    """
+    options = velora_options(velora)
+    if galore_rank is not None or galore is not None:
+        raise UnsupportedError("GaLore is not part of this version; leave galore_rank out")
+    _check_model(model)
+    request = {"velora": options, **torch_compile_kwargs}
+    known = _sessions.get(model)
+    if known is not None and model._compiled_call_impl is not None:
+        if known.request == request:
+            return model
+        raise ValueError(
+            f"the model is compiled with {known.request}; call memrewrite.restore(model) "
+            f"before compiling it with {request}"
+        )
+    _check_untaken(model)
+    if options is not None:
+        _check_sites(model, options)
+    call_kwargs = dict(torch_compile_kwargs)
+    engine = _engine(call_kwargs)
+    session = Session(weakref.ref(model), options, engine, passes_for, request)
+    compiled = torch.compile(_call_of(model), backend=session, **call_kwargs)
+    model._compiled_call_impl = compiled  # type: ignore[assignment]
+    _sessions[model] = session
+    watch(session)
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
+    session_of(model)
+    del _sessions[model]
+    model._compiled_call_impl = None  # type: ignore[assignment]
+    return model
+
+
+def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What memrewrite holds for this model, as plain tensors: `velora.v.<weight>` of shape (M,).
+
+    Empty until the first training step has calibrated them.
+    """
+    return session_of(model).state_dict()
+
+
+def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `state_dict` returned; a loaded v is not calibrated again.
+
+    Raises ValueError, leaving the state as it was, where names or sizes differ.
+    """
+    session_of(model).load_state_dict(state)
+
+
+def _call_of(model: nn.Module) -> Any:
+    """A function of our own around the module's call.
+
+    Dynamo skips frames of torch.nn, so compiling a stock module's own call compiles
+    nothing. Each model gets a code object of its own, because Dynamo counts recompiles
+    per code object: two models must not use up one limit.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return type(model)._call_impl(model, *args, **kwargs)
+
+    name = f"call_{type(model).__name__}_{next(_serial)}"
+    call.__code__ = call.__code__.replace(co_name=name)
+    return call
+
+
+def _engine(kwargs: dict[str, Any]) -> Engine:
+    backend = kwargs.pop("backend", "inductor")
+    if backend not in BACKENDS:
+        raise UnsupportedError(
+            f"backend={backend!r}: memrewrite compiles with {' or '.join(map(repr, BACKENDS))}"
+        )
+    mode, options = kwargs.pop("mode", None), kwargs.pop("options", None)
+    if mode is not None and options is not None:
+        raise ValueError("pass mode= or options=, not both, as in torch.compile")
+    return Engine(backend, mode, options, kwargs.get("dynamic"))
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; memrewrite compiles a torch.nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "the model is already wrapped by torch.compile; pass the module inside it, "
+            "memrewrite.compile(model._orig_mod, ...), and drop the wrapper"
+        )
+
+
+def _check_untaken(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is None:
+            continue
+        where = f"its submodule {name!r}" if name else "the model"
+        raise TypeError(
+            f"{where} is already compiled in place by nn.Module.compile; undo that first: "
+            f"module._compiled_call_impl = None, or memrewrite.restore(module)"
+        )
+
+
+def _check_sites(model: nn.Module, options: VeLoRA) -> None:
+    found = candidates(model)
+    chosen = select(found, options.sites)
+    reasons = {c.name: why_not(c, options) for c in found if c.name in chosen}
+    if all(reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        if any(reason and "too small" in reason for reason in reasons.values()):
+            raise ValueError(
+                f"subtoken_size={options.subtoken_size} compresses none of the {len(reasons)} "
+                f"selected layers (for one, {name}: {reason}); choose a size from 2 up to the "
+                "input features of the layers"
+            )
+        warn(
+            f"velora compresses nothing: every selected layer stays exact ({name}: {reason}); "
+            "select others with memrewrite.VeLoRA(sites=[...])"
+        )

@@ -1,0 +1,11 @@
+"""What memrewrite raises and warns."""
+
+from __future__ import annotations
+
+
+class UnsupportedError(RuntimeError):
+    """The request is well formed, but this version cannot honour it."""
+
+
+class MemrewriteWarning(UserWarning):
+    """Training stays correct, but something that was asked for did not happen."""

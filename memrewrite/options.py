@@ -1,0 +1,95 @@
+"""The user's options, checked where they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from memrewrite.errors import UnsupportedError
+
+Sites = Literal["auto", "all"] | Sequence[str] | Callable[[str, nn.Module], bool]
+INITS = ("batch_mean", "running_mean", "ones", "random")
+
+
+@dataclass(frozen=True)
+class VeLoRA:
+    """Compress the saved inputs of linear layers: arXiv 2405.17991.
+
+    subtoken_size: M, channels per saved number; a layer with fewer input features than
+        M stays exact.
+    sites: "auto" (the paper's: value and MLP down projections), "all" (every linear of
+        the body and the head), fnmatch patterns over module names, or a callable
+        (name, module) -> bool.
+    scale: factor on the compressed weight gradients (the reference's `velora_scale`).
+    init: how v comes about. "batch_mean": the normalised mean of all sub-tokens of the
+        first training batch, then frozen (the paper's). "running_mean": the same mean
+        over all batches so far. "ones": 1/sqrt(M), no calibration. "random": a fixed
+        random direction.
+    lr_scale: factor on the step of the compressed weights; only 1.0 in this version.
+
+    Raises TypeError or ValueError for values outside these ranges.
+    """
+
+    subtoken_size: int = 16
+    sites: Sites = "auto"
+    scale: float = 1.0
+    init: Literal["batch_mean", "running_mean", "ones", "random"] = "batch_mean"
+    lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_int("subtoken_size", self.subtoken_size, at_least=1)
+        _check_finite("scale", self.scale)
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r} is none of {', '.join(map(repr, INITS))}")
+        if self.lr_scale != 1.0:
+            raise UnsupportedError(
+                f"lr_scale={self.lr_scale!r}: only 1.0 is supported; give the compressed "
+                "weights an optimizer parameter group of their own instead"
+            )
+        object.__setattr__(self, "sites", _checked_sites(self.sites))
+
+
+def velora_options(velora: object) -> VeLoRA | None:
+    """What `compile(velora=...)` means. Raises TypeError for anything but bool or VeLoRA."""
+    if isinstance(velora, VeLoRA):
+        return velora
+    if velora is True:
+        return VeLoRA()
+    if velora is False or velora is None:
+        return None
+    raise TypeError(
+        f"velora={velora!r} is a {type(velora).__name__}; pass True, False or "
+        "memrewrite.VeLoRA(subtoken_size=16, sites='auto')"
+    )
+
+
+def _checked_sites(sites: Any) -> Any:
+    if sites in ("auto", "all") or callable(sites):
+        return sites
+    if isinstance(sites, str):
+        raise ValueError(
+            f"sites={sites!r} is neither 'auto' nor 'all'; for one pattern write sites=[{sites!r}]"
+        )
+    if not isinstance(sites, Sequence) or not all(isinstance(s, str) for s in sites):
+        raise TypeError(f"sites={sites!r} is not 'auto', 'all', a list of patterns or a callable")
+    if not sites:
+        raise ValueError("sites is empty; leave it out, or pass velora=False for no compression")
+    return tuple(sites)
+
+
+def _check_int(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an int")
+    if value < at_least:
+        raise ValueError(f"{name}={value} is below {at_least}")
+
+
+def _check_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not finite")

@@ -1,0 +1,70 @@
+"""The only loop that runs passes: snapshot, rewrite, clean, check, recompile, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from passes.base import Pass, copy_graph
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to a graph."""
+
+    name: str
+    exact: bool
+    seconds: float
+    inserted: int
+    removed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(gm: GraphModule, passes: Sequence[Pass]) -> list[Step]:
+    """Run the passes in order; on any error put the graph back as it was and raise."""
+    if not passes:
+        return []
+    before = copy_graph(gm.graph)
+    try:
+        return [_run_one(gm, one) for one in passes]
+    except Exception:
+        gm.graph = before
+        raise
+
+
+def _run_one(gm: GraphModule, one: Pass) -> Step:
+    start, old, outputs = time.perf_counter(), {n.name for n in gm.graph.nodes}, _outputs(gm.graph)
+    one.rewrite(gm)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    _check(gm.graph, old, outputs, one)
+    gm.recompile()
+    new = {n.name for n in gm.graph.nodes}
+    elapsed = time.perf_counter() - start
+    return Step(one.name, one.exact, elapsed, len(new - old), len(old - new))
+
+
+def _outputs(graph: Graph) -> list[tuple[Any, Any] | None]:
+    (output,) = graph.find_nodes(op="output")
+    return [
+        (str(n.meta["val"].shape), n.meta["val"].dtype)  # as text: comparing would guard
+        if isinstance(n, Node) and hasattr(n.meta.get("val"), "dtype")
+        else None
+        for n in output.args[0]
+    ]
+
+
+def _check(
+    graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], one: Pass
+) -> None:
+    if _outputs(graph) != outputs:
+        raise AssertionError(f"pass {one.name} changed the shape or dtype of an output")
+    for node in graph.nodes:
+        if node.name not in old and "val" not in node.meta:
+            raise AssertionError(f"pass {one.name} left {node.name} without a value")

@@ -1,0 +1,207 @@
+"""report(model): one row per candidate linear, and what the rewrite saved in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+from torch import nn
+
+from memrewrite.record import GraphRecord, InputRecord
+from memrewrite.sites import Candidate, candidates
+from memrewrite.state import Binding, Session, session_of, why_not
+
+NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
+INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
+FATES = {
+    "z saved": "z saved in place of x",
+    "rebuilt": "x rebuilt in backward, so nothing is kept; the folded matmul saves time",
+    "kept alive": "x kept alive by {by}: frees no bytes; the folded matmul saves time",
+}
+EXACT_FATES = {
+    "rebuilt": "x rebuilt exactly in backward",
+    "kept alive": "x kept",
+    "z saved": "x replaced by z for the weights that share it",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate. Bytes are of its saved input, at the shapes of the last compile."""
+
+    name: str
+    shape: tuple[int, ...]
+    decision: Literal["compressed", "exact"]
+    reason: str
+    bytes_before: int  # what torch.compile's default partition keeps
+    bytes_after: int  # what ours keeps
+
+
+@dataclass(frozen=True)
+class Report:
+    """Printable as a table; `to_dict()` is the same as plain data."""
+
+    sites: tuple[Row, ...]
+    totals: dict[str, Any]
+    status: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"sites": [...], "optimizer": [...], "totals": {...}}"""
+        sites = [{**asdict(row), "shape": list(row.shape)} for row in self.sites]
+        return {"sites": sites, "optimizer": [], "totals": dict(self.totals)}
+
+    def __str__(self) -> str:
+        rows = [
+            (r.name, "x".join(map(str, r.shape)), r.decision, r.bytes_before, r.bytes_after, r.reason)
+            for r in self.sites
+        ]
+        header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
+        table = tabulate(rows, header, tablefmt="simple", intfmt=",")
+        return f"{table}\n\n{self.status}"
+
+
+def report(model: nn.Module) -> Report:
+    """What was rewritten in a model compiled by memrewrite, and why the rest was not.
+
+    "before" is what torch.compile's default partition of the same graph keeps for
+    backward, "after" what ours keeps; both are exact, in bytes, at the shapes of the
+    last compile. An input that several weights share is counted at the first of them.
+    Raises ValueError for a model that memrewrite did not compile.
+    """
+    session = session_of(model)
+    found = candidates(model)
+    bindings = [b for g in session.graphs for b in g.bindings.values()]
+    graphs = [b for b in bindings if not b.variant.record.inference]
+    if not graphs:
+        status = INFERENCE_ONLY if session.graphs else NOTHING_YET
+        rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
+        return Report(tuple(rows), _totals([]), status)
+    fates = _fates(graphs)
+    chosen = session.selected(found)
+    rows = list(_rows(session, found, chosen, fates))
+    totals = _totals(_latest(graphs))
+    return Report(tuple(rows), totals, _summary(totals, graphs))
+
+
+@dataclass(frozen=True)
+class _Fate:
+    graph: Binding
+    entry: InputRecord | None  # None: no gradient matmul was recognised
+    reason: str
+    weight: int
+
+
+def _fates(graphs: list[Binding]) -> dict[str, list[_Fate]]:
+    """Per name, every input it has in the last graph that has it."""
+    fates: dict[str, list[_Fate]] = {}
+    for graph in graphs:
+        seen: dict[str, list[_Fate]] = {}
+        for entry in graph.variant.record.inputs:
+            for weight in (*entry.weights, *entry.exact_weights):
+                if weight in graph.names:
+                    seen.setdefault(graph.names[weight], []).append(_Fate(graph, entry, "", weight))
+        for weight, reason in graph.variant.record.refused.items():
+            if weight in graph.names:
+                seen.setdefault(graph.names[weight], []).append(_Fate(graph, None, reason, weight))
+        fates |= seen
+    return fates
+
+
+def _rows(
+    session: Session, found: list[Candidate], chosen: set[str], fates: dict[str, list[_Fate]]
+) -> Iterator[Row]:
+    counted: set[tuple[int, int]] = set()
+    for candidate in found:
+        mine = fates.get(candidate.name, [])
+        if candidate.kind == "raw" and not any(fate.entry for fate in mine):
+            continue
+        selected = candidate.name in chosen
+        before = after = 0
+        for fate in mine:
+            key = (id(fate.graph), id(fate.entry))
+            if fate.entry is not None and key not in counted:
+                counted.add(key)
+                before += fate.entry.before
+                after += fate.entry.after
+        compressed = any(f.entry is not None and f.weight in f.entry.weights for f in mine)
+        reason = _reason(session, candidate, selected, mine)
+        yield _row(candidate, "compressed" if compressed else "exact", reason, before, after)
+
+
+def _row(candidate: Candidate, decision: Any, reason: str, before: int, after: int) -> Row:
+    return Row(candidate.name, candidate.shape, decision, reason, before, after)
+
+
+def _reason(session: Session, candidate: Candidate, selected: bool, mine: list[_Fate]) -> str:
+    static = why_not(candidate, session.velora if selected else None)
+    if static is not None:
+        return static
+    if not mine:
+        return "not part of any compiled training graph"
+    parts = dict.fromkeys(_one_reason(session, fate) for fate in mine)
+    return "; ".join(parts)
+
+
+def _one_reason(session: Session, fate: _Fate) -> str:
+    entry, names = fate.entry, fate.graph.names
+    if entry is None:
+        return f"pattern not recognised: {fate.reason}"
+    if fate.graph.variant.record.failure:
+        return f"the rewrite failed and was undone ({fate.graph.variant.record.failure})"
+    if fate.weight not in entry.weights:
+        return f"{_not_selected(session)}; {EXACT_FATES[entry.fate]}"
+    by = " and ".join(_reader(reader, names) for reader in entry.kept_by) or "the caller"
+    reason = FATES[entry.fate].format(by=by)
+    others = [names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != fate.weight]
+    if others:
+        reason += f" (x shared with {', '.join(others)})"
+    leader = names.get(entry.leader, "") if entry.leader is not None else ""
+    if leader in session.unseen:
+        reason += "; v is ones, because calibration could not see x"
+    return reason
+
+
+def _not_selected(session: Session) -> str:
+    if session.velora is None:
+        return "velora is off"
+    sites = session.velora.sites
+    return f"not selected by sites={sites!r}" if isinstance(sites, str) else "not selected by sites"
+
+
+def _reader(reader: str, names: dict[int, str]) -> str:
+    if reader.startswith("weight:"):
+        position = int(reader.removeprefix("weight:"))
+        return f"the exact gradient of {names.get(position, 'another weight')}"
+    return reader
+
+
+def _latest(graphs: list[Binding]) -> list[GraphRecord]:
+    """The last record of each piece of the program: a recompile replaces its forerunner."""
+    pieces: dict[frozenset[str], GraphRecord] = {}
+    for graph in graphs:
+        pieces[frozenset(graph.names.values())] = graph.variant.record
+    return list(pieces.values())
+
+
+def _totals(records: list[GraphRecord]) -> dict[str, Any]:
+    return {
+        "graphs": len(records),
+        "saved_bytes_before": sum(r.kept_before for r in records),
+        "saved_bytes_after": sum(r.kept_after for r in records),
+        "formula_before": " + ".join(r.formula_before for r in records),
+        "formula_after": " + ".join(r.formula_after for r in records),
+    }
+
+
+def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
+    before, after = totals["saved_bytes_before"], totals["saved_bytes_after"]
+    line = (
+        f"saved for backward, parameters apart: {before:,} bytes by torch.compile's default, "
+        f"{after:,} by memrewrite"
+    )
+    if before:
+        line += f" ({after / before:.2f} x)"
+    failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]
+    return line + "".join(f"\nREWRITE FAILED, exact graph kept: {f}" for f in failures)

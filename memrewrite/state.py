@@ -1,0 +1,325 @@
+"""What outlives a step: one v per compressed input, and what each graph decided.
+
+A session belongs to one compiled model and is forgotten with it. v is keyed by the
+name of the weight that leads its input's group, never by graph: a model captured as
+many graphs, or captured again for other shapes, keeps one v per weight. A v is never
+written in place, because a backward may still hold the v of its forward.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from memrewrite import calibrate
+from memrewrite.backend import Engine, PassesFor, Weight, capture, observe_inputs
+from memrewrite.errors import MemrewriteWarning
+from memrewrite.options import VeLoRA
+from memrewrite.record import GraphRecord
+from memrewrite.sites import Candidate, candidates, select
+
+PREFIX = "velora.v."
+
+
+@dataclass
+class Session:
+    """One compiled model: its options, its vectors, its graphs. Also its torch backend."""
+
+    model: weakref.ref[nn.Module]
+    velora: VeLoRA | None
+    engine: Engine
+    passes_for: PassesFor
+    request: dict[str, Any]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # running means, not normalised
+    unseen: set[str] = field(default_factory=set)  # v fell back to ones
+    graphs: list[Graph] = field(default_factory=list)
+    calls: int = 0
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one captured graph."""
+        self.calls += 1
+        graph = Graph(self, gm, inputs)
+        self.graphs.append(graph)
+        return graph
+
+    def selected(self, found: list[Candidate]) -> set[str]:
+        return select(found, self.velora.sites) if self.velora else set()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every v, and the sums behind a running mean, as plain tensors."""
+        state = {PREFIX + name: v.detach().clone() for name, v in self.vectors.items()}
+        return state | {f"velora.sum.{n}": s.detach().clone() for n, s in self.sums.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace every v. Raises ValueError, changing nothing, for names or sizes that differ."""
+        model = self.model()
+        names = {c.name for c in candidates(model)} if model is not None else set()
+        vectors, sums = {}, {}
+        for key, tensor in state.items():
+            for prefix, into in ((PREFIX, vectors), ("velora.sum.", sums)):
+                if key.startswith(prefix):
+                    self._check(key, tensor, key.removeprefix(prefix), names)
+                    into[key.removeprefix(prefix)] = tensor.detach().clone()
+                    break
+            else:
+                raise ValueError(f"{key!r} is no entry of a memrewrite state")
+        self.vectors, self.sums, self.unseen = vectors, sums, set()
+
+    def _check(self, key: str, tensor: Tensor, name: str, names: set[str]) -> None:
+        if self.velora is None:
+            raise ValueError(f"the state has {key!r}, but the model is compiled without velora")
+        if name not in names:
+            raise ValueError(f"the state has {key!r}, but the model has no weight of that name")
+        if tuple(tensor.shape) != (self.velora.subtoken_size,):
+            raise ValueError(
+                f"{key!r} has shape {tuple(tensor.shape)}, but subtoken_size is "
+                f"{self.velora.subtoken_size}; compile with the options of the saved run"
+            )
+
+    def vector(self, name: str, weight: Weight, total: Tensor | None = None) -> Tensor:
+        """v of a group's leader, made on first use: (M,), unit norm."""
+        v = self.vectors.get(name)
+        if v is None:
+            v = self._initial(name, weight, total)
+        if v.device != weight.device or v.dtype != weight.dtype:
+            v = v.to(weight.device, weight.dtype)
+        self.vectors[name] = v
+        return v
+
+    def _initial(self, name: str, weight: Weight, total: Tensor | None) -> Tensor:
+        assert self.velora is not None
+        if self.velora.init == "random":
+            seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            total = torch.randn(weight.size, generator=seed, dtype=torch.float64)
+        elif self.velora.init != "ones" and total is None:
+            self.unseen.add(name)
+        return normalised(total, weight)
+
+    def update_mean(self, name: str, weight: Weight, total: Tensor) -> None:
+        """Add one batch to a running mean; the old v stays with the forwards that read it."""
+        known = self.sums.get(name)
+        total = total.to(torch.float64)
+        self.sums[name] = total if known is None else known.to(total.device) + total
+        self.vectors[name] = normalised(self.sums[name], weight)
+
+
+def normalised(total: Tensor | None, weight: Weight) -> Tensor:
+    """total / |total|; ones / sqrt(M) where that says nothing (zero, or not finite)."""
+    if total is not None:
+        norm = total.norm()
+        if bool(torch.isfinite(norm)) and float(norm) > 0:
+            return (total / norm).to(weight.device, weight.dtype)
+    value = 1 / math.sqrt(weight.size)
+    return torch.full((weight.size,), value, dtype=weight.dtype, device=weight.device)
+
+
+@dataclass
+class Variant:
+    """A captured graph compiled for one set of selected arguments."""
+
+    compiled: Callable[..., Any]
+    record: GraphRecord
+    selected: list[Weight]
+    outputs: int | None  # own outputs, where running means follow them
+    observed: list[Weight]
+
+    def __post_init__(self) -> None:
+        groups = [i for i in self.record.inputs if i.leader is not None]
+        self.leaders = [w for w in self.selected if w.position in {i.leader for i in groups}]
+        self.leader_of = {w: i.leader for i in groups for w in i.weights}
+
+
+@dataclass
+class Binding:
+    """A variant called with particular weights. Layers of one shape may share a graph."""
+
+    variant: Variant
+    names: dict[int, str]  # argument position -> candidate name
+    parameters: list[tuple[int, weakref.ref[Tensor]]]
+    calibrated: bool = False
+
+    def serves(self, args: Sequence[Any]) -> bool:
+        return all(reference() is args[i] for i, reference in self.parameters)
+
+    def vectors(self, session: Session) -> list[Tensor]:
+        leader_of = self.variant.leader_of
+        return [
+            session.vector(self.names[leader_of.get(w.position) or w.position], w)
+            for w in self.variant.selected
+        ]
+
+
+class Graph:
+    """One captured graph, called with v appended to its arguments.
+
+    Dynamo may serve several layers by one graph: after a graph break the weights are
+    mere arguments of it. Which weights a call is for is therefore read off its
+    arguments, and a call whose selection differs gets a variant of its own.
+    """
+
+    def __init__(self, session: Session, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        self.session, self.gm = session, gm
+        self.training = torch.is_grad_enabled()
+        self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
+        self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
+        model = session.model()
+        buffers = {id(b) for b in model.buffers()} if model is not None else set()
+        self.buffers = [i for i, value in enumerate(inputs) if id(value) in buffers]
+        self.variants: dict[tuple[int, ...], Variant] = {}
+        self.bindings: dict[tuple[int, ...], Binding] = {}
+        self._bind(inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple(id(args[i]) for i in self.positions)
+        binding = self.bindings.get(key)
+        if binding is None or not binding.serves(args):
+            binding = self._bind(args)
+        if not binding.calibrated:
+            self._calibrate(binding, args)
+        variant = binding.variant
+        results = variant.compiled(*args, *binding.vectors(self.session))
+        if variant.outputs is None:
+            return results
+        leaders = {w.position for w in variant.leaders}
+        for weight, total in zip(variant.observed, results[variant.outputs :], strict=True):
+            if weight.position in leaders:
+                self.session.update_mean(binding.names[weight.position], weight, total)
+        return results[: variant.outputs]
+
+    def _bind(self, args: Sequence[Any]) -> Binding:
+        names, selected = _weights(self.session, self.positions, args)
+        selected = selected if self.training else []
+        wanted = tuple(w.position for w in selected)
+        if wanted not in self.variants:
+            self.variants[wanted] = self._compile(args, selected)
+        parameters: list[Any] = [(i, weakref.ref(args[i])) for i in self.positions]
+        binding = Binding(self.variants[wanted], names, parameters)
+        self.bindings[tuple(id(args[i]) for i in self.positions)] = binding
+        return binding
+
+    def _compile(self, args: Sequence[Any], selected: list[Weight]) -> Variant:
+        velora = self.session.velora
+        if self.variants and self.dynamic:
+            return self._uncompiled()
+        outputs, observed, gm = None, [], self.gm
+        if selected and velora and velora.init == "running_mean":
+            gm, outputs, observed = observe_inputs(gm, selected)
+        compiled, record = capture(
+            gm,
+            args,
+            selected,
+            self.positions,
+            self.buffers,
+            velora.scale if velora else 1.0,
+            self.session.passes_for,
+            self.session.engine,
+        )
+        return Variant(compiled, record, selected, outputs, observed)
+
+    def _uncompiled(self) -> Variant:
+        """Outside Dynamo a dynamic graph cannot be compiled again: run it, exactly."""
+        reason = (
+            "it shares a dynamic-shape graph with layers that are selected differently; "
+            "select all layers of a kind alike, or pass dynamic=False"
+        )
+        warn(f"some layers run uncompiled, with exact gradients: {reason}")
+        return Variant(self.gm, GraphRecord(failure=reason), [], None, [])
+
+    def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
+        session, binding.calibrated = self.session, True
+        missing = [
+            w for w in binding.variant.leaders if binding.names[w.position] not in session.vectors
+        ]
+        if not missing or session.velora is None:
+            return
+        totals: dict[int, Tensor] = {}
+        if session.velora.init in ("batch_mean", "running_mean"):
+            totals = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w in missing})
+            _equalise([totals[w.position] for w in missing if w.position in totals])
+        for weight in missing:
+            session.vector(binding.names[weight.position], weight, totals.get(weight.position))
+
+
+def _weights(
+    session: Session, positions: Sequence[int], args: Sequence[Any]
+) -> tuple[dict[int, str], list[Weight]]:
+    """Of the parameters among `args`: their candidate names, and those that are selected."""
+    model = session.model()
+    found = candidates(model) if model is not None else []
+    chosen = session.selected(found)
+    aliases: dict[int, list[Candidate]] = {}
+    for candidate in found:
+        aliases.setdefault(id(candidate.parameter), []).append(candidate)
+    names, selected = {}, []
+    for position in positions:
+        known = aliases.get(id(args[position]), [])
+        wanted = [c for c in known if c.name in chosen and why_not(c, session.velora) is None]
+        for candidate in (wanted or known)[:1]:
+            names[position] = candidate.name
+        if wanted:
+            selected.append(_weight(position, wanted[0], session.velora))
+    return names, selected
+
+
+def _equalise(totals: list[Tensor]) -> None:
+    """Add up the sums of all ranks: ranks with different v would average unlike gradients."""
+    dist = torch.distributed
+    if totals and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for total in totals:
+            dist.all_reduce(total)
+
+
+def why_not(candidate: Candidate, velora: VeLoRA | None) -> str | None:
+    """The reason, known before any graph is, why a selected candidate stays exact."""
+    if candidate.kind == "stack":
+        return (
+            f"a stack of {candidate.shape[0]} expert weights: grouped and indexed matmuls "
+            "are not rewritten"
+        )
+    if not candidate.parameter.requires_grad:
+        return "not trained"
+    if not candidate.parameter.dtype.is_floating_point:
+        return f"{candidate.parameter.dtype} weights are not rewritten"
+    if velora is not None and velora.subtoken_size == 1:
+        return "too small to gain anything: one number per channel"
+    if velora is not None and candidate.features < velora.subtoken_size:
+        return (
+            f"too small to gain anything: {candidate.features} input features, "
+            f"sub-token size {velora.subtoken_size}"
+        )
+    return None
+
+
+def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weight:
+    assert velora is not None
+    parameter = candidate.parameter
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return Weight(position, velora.subtoken_size, dtype, parameter.device)
+
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a compiled model. Raises ValueError for any other."""
+    session = _sessions.get(model)
+    if session is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not compiled by memrewrite (a deepcopy is not "
+            "either); call memrewrite.compile(model) first"
+        )
+    return session
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, MemrewriteWarning, stacklevel=3)

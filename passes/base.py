@@ -1,0 +1,153 @@
+"""What a pass is, and the few graph verbs that every pass needs.
+
+A pass edits one functional joint graph (forward and backward in one `fx.Graph`).
+Before any pass runs, whoever owns the graph writes three facts into `meta`, so that
+no pass needs to know how the graph was traced:
+
+    placeholder.meta["argument"]    position of this input among the program's arguments
+    placeholder.meta["tangent"]     True on the incoming gradients
+    output.meta["gradient_of"]      per output: the argument it is the gradient of, or None
+
+Invariants that a pass keeps: the graph stays functional; every node has a true
+`meta["val"]`; no output starts to alias what it did not alias before; a pass that
+finds nothing changes nothing; running it twice is running it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+PROVENANCE = (
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "seq_nr",
+    "stack_trace",
+    "partitioner_tag",
+    "custom",
+    "recompute",
+    "ac_graph_id",
+)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One named rewrite of a joint graph; two passes are equal if their keys are."""
+
+    name: str
+    rewrite: Callable[[GraphModule], None] = field(compare=False, repr=False)
+    exact: bool  # the same function over the reals; False changes the gradient
+    key: tuple[Hashable, ...] = ()  # the configuration it was built with
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """The same nodes under the same names, each with a `meta` dictionary of its own."""
+    copied, nodes = Graph(), dict[Node, Node]()
+    result = copied.graph_copy(graph, nodes, return_output_node=True)
+    assert isinstance(result, tuple)  # a traced graph always has an output
+    values, old_output = result
+    output = copied.output(values, type_expr=old_output.type)
+    output.meta = dict(old_output.meta)
+    copied._codegen = graph._codegen
+    return copied
+
+
+def arguments(graph: Graph) -> dict[int, Node]:
+    """Argument position -> placeholder; tangents are not arguments."""
+    return {
+        node.meta["argument"]: node
+        for node in graph.find_nodes(op="placeholder")
+        if node.meta.get("argument") is not None
+    }
+
+
+def backward_nodes(graph: Graph) -> set[Node]:
+    """Every node that depends on an incoming gradient."""
+    return _reached_from(
+        graph, (n for n in graph.find_nodes(op="placeholder") if n.meta.get("tangent"))
+    )
+
+
+def batch_nodes(graph: Graph, weights: Iterable[int]) -> set[Node]:
+    """Every node that depends on an argument which is neither weight nor tangent."""
+    fixed = set(weights)
+    return _reached_from(
+        graph, (n for position, n in arguments(graph).items() if position not in fixed)
+    )
+
+
+def _reached_from(graph: Graph, start: Iterable[Node]) -> set[Node]:
+    reached = set(start)
+    for node in graph.nodes:
+        if any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def storage_of(node: Node) -> Node:
+    """The node whose memory `node` is a view of."""
+    while node.target in VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def is_transpose(node: Node) -> bool:
+    """True for the transposition of a matrix."""
+    return node.target is aten.t.default or (
+        node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    )
+
+
+def value_key(node: Node) -> Hashable:
+    """Equal for nodes that hold equal values: one root under the same views and casts.
+
+    Legal because a view is determined by its memory and its geometry; each view that
+    q, k and v take of one input is a node of its own until common subexpressions merge.
+    """
+    base, value = storage_of(node), node.meta["val"]
+    geometry = (str(value.shape), str(value.stride()), str(value.storage_offset()))
+    if base.target in CASTS and isinstance(base.args[0], Node):
+        return (value_key(base.args[0]), str(value.dtype), geometry)
+    return (base, geometry)
+
+
+def call(like: Node, target: Any, *args: Any) -> Node:
+    """A new node as early as its operands allow, its provenance copied from `like`."""
+    graph = like.graph
+    operands = [a for a in args if isinstance(a, Node)]
+    after = max(operands)
+    while after.op == "placeholder" and after.next.op == "placeholder":
+        after = after.next
+    with graph.inserting_after(after):
+        node = graph.call_function(target, args)
+    with torch.no_grad():
+        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
+    return node
+
+
+def tensor_bytes(node: Node) -> Any:
+    """Bytes of a node's value; symbolic under dynamic shapes."""
+    value = node.meta["val"]
+    return value.numel() * value.element_size()

@@ -1,0 +1,125 @@
+"""Find the matmuls that form weight gradients, and the activation that feeds each.
+
+For y = x W^T with x (N, D), W (O, D) and dy (N, O), reverse mode leaves in the graph
+
+    dW  = mm(permute(dy), x)      (O, D)        nn.Linear, F.linear, x @ W.T
+    dW  = mm(permute(x), dy)      (D, O)        Conv1D, x @ W
+
+perhaps behind views and casts, perhaps as one term of a sum when W has several uses.
+The search starts at the gradient that is returned for W, so the weight is known with
+certainty, and stops at anything it does not know: no other pattern is ever rewritten.
+Reads the graph only. Exact by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from passes.base import (
+    CASTS,
+    VIEWS,
+    aten,
+    backward_nodes,
+    batch_nodes,
+    is_transpose,
+    storage_of,
+    value_key,
+)
+from passes.ops import velora_reconstruct
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """One matmul of one weight's gradient, and the saved activation it reads."""
+
+    weight: int  # argument position of W
+    matmul: Node  # (O, D), or (D, O) when transposed
+    operand: Node  # what the matmul reads: (N, D), or (D, N) when transposed
+    transposed: bool
+    matmul_name: str  # names outlive the nodes, and every copy of the graph keeps them
+    storage_name: str  # of the memory behind the activation
+
+    @property
+    def features(self) -> int:
+        """D, the channels of x."""
+        return int(self.matmul.meta["val"].shape[0 if self.transposed else 1])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weight gradients of a graph, and why other gradients are none."""
+
+    gradients: tuple[WeightGradient, ...]
+    refused: dict[int, str]  # argument position -> reason
+
+
+def weight_gradients(graph: Graph, weights: set[int]) -> Found:
+    """Every matmul that is a term of the gradient of one of `weights`."""
+    (output,) = graph.find_nodes(op="output")
+    backward = backward_nodes(graph)
+    activations = batch_nodes(graph, weights) - backward
+    found: list[WeightGradient] = []
+    refused: dict[int, str] = {}
+    returned = output.args[0]
+    for node, weight in zip(returned, output.meta["gradient_of"], strict=True):
+        if weight not in weights or not isinstance(node, Node):
+            continue
+        terms = list(_terms(node, output))
+        matches = [_match(weight, term, backward, activations) for term in terms]
+        found += [match for match in matches if match]
+        if not any(matches):
+            refused[weight] = _reason(terms)
+    return Found(tuple(found), refused)
+
+
+def shared_inputs(gradients: Iterable[WeightGradient]) -> list[list[WeightGradient]]:
+    """Grouped by the activation that they read: q, k and v are one group."""
+    groups: dict[Hashable, list[WeightGradient]] = {}
+    for gradient in gradients:
+        x, transposed = gradient.operand, gradient.transposed
+        if transposed and is_transpose(x):
+            x, transposed = x.args[0], False  # type: ignore[assignment]
+        groups.setdefault((value_key(x), transposed), []).append(gradient)
+    return list(groups.values())
+
+
+def _terms(node: Node, user: Node) -> Iterator[Node]:
+    """The summands of a gradient, seen through views and casts that nothing else reads."""
+    if set(node.users) != {user}:
+        return
+    if node.target in VIEWS or node.target in CASTS:
+        yield from _terms(node.args[0], node)  # type: ignore[arg-type]
+    elif node.target is aten.add.Tensor and not node.kwargs:
+        for operand in node.args:
+            if isinstance(operand, Node):
+                yield from _terms(operand, node)
+    else:
+        yield node
+
+
+def _match(
+    weight: int, node: Node, backward: set[Node], activations: set[Node]
+) -> WeightGradient | None:
+    if node.target is not aten.mm.default:
+        return None
+    left, right = node.args
+    if left in backward and right in activations:
+        operand, transposed = right, False
+    elif left in activations and right in backward:
+        operand, transposed = left, True
+    else:
+        return None
+    if velora_reconstruct in (operand.target, storage_of(operand).target):
+        return None  # compressed already
+    return WeightGradient(weight, node, operand, transposed, node.name, storage_of(operand).name)
+
+
+def _reason(terms: list[Node]) -> str:
+    if not terms:
+        return "its gradient matmul also serves another output"
+    if any(term.target is aten.mm.default for term in terms):
+        return "the other factor of its gradient matmul is not an activation"
+    return f"its gradient is {terms[0].name}, not a matmul"

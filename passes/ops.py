@@ -1,0 +1,44 @@
+"""The IR ops of the rewrites, each a few lines of mathematics with a name.
+
+They stand in the joint graph between `compress` and `lower`, so that every pass and
+every dump can see them; no compiled program contains them. They are inserted after
+differentiation, so they have no gradient of their own.
+
+With unit v in R^M, G = ceil(D / M), and x padded with zeros up to G * M channels:
+
+    compress(x, v)        z[n, g]       = <x[n, gM : gM+M], v>      (N, D), (M,) -> (N, G)
+    reconstruct(z, v, D)  x^[n, gM + j] = z[n, g] v[j],  gM + j < D  (N, G), (M,) -> (N, D)
+
+Both are linear maps, and each is the transpose of the other. Sums run in v's dtype
+(float32, or float64 for float64 inputs) and are rounded once to the input's dtype.
+Source: Miles et al. 2024, arXiv:2405.17991, algorithm 1; the zero padding is PEFT's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compress(x: Tensor, v: Tensor) -> Tensor:
+    """One number per sub-token: (N, D), (M,) -> (N, ceil(D / M))."""
+    padded = F.pad(x, (0, -x.shape[1] % v.shape[0]))  # (N, G*M)
+    subtokens = padded.view(x.shape[0], -1, v.shape[0])  # (N, G, M)
+    return (subtokens.to(v.dtype) * v).sum(-1).to(x.dtype)  # (N, G)
+
+
+def reconstruct(z: Tensor, v: Tensor, features: int) -> Tensor:
+    """The rank-1 reading of z: (N, G), (M,) -> (N, features)."""
+    outer = z.to(v.dtype).unsqueeze(-1) * v  # (N, G, M)
+    return outer.to(z.dtype).flatten(1)[:, :features].clone()  # (N, D)
+
+
+_library = torch.library.Library("memrewrite", "DEF")
+_library.define("velora_compress(Tensor x, Tensor v) -> Tensor")
+_library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tensor")
+_library.impl("velora_compress", compress, "CompositeExplicitAutograd")
+_library.impl("velora_reconstruct", reconstruct, "CompositeExplicitAutograd")
+
+velora_compress = torch.ops.memrewrite.velora_compress.default
+velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default

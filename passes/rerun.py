@@ -1,0 +1,88 @@
+"""Spend part of the time that the fold freed on rerunning matmuls in backward.  [exact]
+
+    before                                    after
+    x --> mm(x, Wt) --> y, kept (N, O)        x --> mm(x, Wt) --> y, not kept
+    backward reads y                          x (rebuilt) --> mm(x, Wt) --> backward reads y
+
+Identity: none is needed; a function of what backward has anyway may be computed there.
+Folding removes 2 N O (D - G) operations per compressed weight. Rerunning y = x W^T costs
+2 N O D and frees its N O numbers, so the kept outputs with the shortest inner dimension
+go first, as long as the budget lasts. Only outputs whose operands backward can rebuild
+without another matmul, or has, are chosen. Reads the graph only; the choice is carried
+out by the partitioner. Source: the knapsack of torch's activation_memory_budget, with
+the freed operations as the budget in place of a memory target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch.fx import Node
+
+from passes.base import aten, storage_of, tensor_bytes
+from passes.find import WeightGradient
+from passes.saved import Kept
+
+MATMULS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1)}
+
+
+def freed_operations(gradient: WeightGradient, subtoken_size: int) -> Any:
+    """Multiply-adds, times two, that folding this gradient removes."""
+    value, x = gradient.matmul.meta["val"], gradient.operand.meta["val"]
+    features = gradient.features
+    groups = -(-features // subtoken_size)
+    rows = x.numel() // features
+    return 2 * rows * (value.numel() // features) * (features - groups)
+
+
+def operations(matmul: Node) -> Any:
+    """Multiply-adds, times two, of one matmul node."""
+    left = matmul.args[MATMULS[matmul.target][0]].meta["val"]  # type: ignore[index,union-attr]
+    return 2 * matmul.meta["val"].numel() * left.shape[-1]
+
+
+def choose_reruns(
+    kept: Kept,
+    budget: float,
+    is_free: Callable[[Node], bool],
+    is_costly: Callable[[Node], bool],
+    hint: Callable[[Any], int],
+) -> list[Node]:
+    """Kept matmul outputs to rerun, cheapest per byte first, within `budget` operations."""
+    names = {node.name for node in kept.storages}
+    chosen: list[Node] = []
+    offers = [
+        node
+        for node in kept.storages
+        if node.target in MATMULS
+        and "recompute" not in node.meta
+        and all(_rebuildable(n, names, is_free, is_costly) for n in node.all_input_nodes)
+    ]
+    offers.sort(key=lambda n: hint(operations(n)) / max(hint(tensor_bytes(n)), 1))
+    for node in offers:
+        cost = hint(operations(node))
+        if cost <= budget:
+            budget -= cost
+            chosen.append(node)
+    return chosen
+
+
+def _rebuildable(
+    node: Node,
+    kept: Collection[str],
+    is_free: Callable[[Node], bool],
+    is_costly: Callable[[Node], bool],
+) -> bool:
+    """Whether backward can have this value from what it keeps, with no matmul on the way."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or storage_of(current).name in kept or is_free(current):
+            continue
+        seen.add(current)
+        if current.op == "placeholder" or is_costly(current) or current.target in MATMULS:
+            return False
+        stack += current.all_input_nodes
+    return True
