@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from memrewrite.backend import Engine, Plan
+from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
 from memrewrite.options import VeLoRA, velora_options
+from memrewrite.plan import Plan
 from memrewrite.sites import candidates, select
 from memrewrite.state import Session, _sessions, session_of, warn, why_not
 from memrewrite.watch import watch
@@ -78,7 +79,7 @@ def compile(
     engine = _engine(call_kwargs)
     session = Session(weakref.ref(model), options, engine, passes_for, request)
     compiled = torch.compile(_call_of(model), backend=session, **call_kwargs)
-    model._compiled_call_impl = compiled  # type: ignore[assignment]
+    model._compiled_call_impl = compiled
     _sessions[model] = session
     watch(session)
     return model
@@ -88,7 +89,7 @@ def restore(model: M) -> M:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
     session_of(model)
     del _sessions[model]
-    model._compiled_call_impl = None  # type: ignore[assignment]
+    model._compiled_call_impl = None
     return model
 
 
@@ -117,7 +118,7 @@ def _call_of(model: nn.Module) -> Any:
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return type(model)._call_impl(model, *args, **kwargs)
+        return type(model)._call_impl(model, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     name = f"call_{type(model).__name__}_{next(_serial)}"
     call.__code__ = call.__code__.replace(co_name=name)

@@ -1,4 +1,7 @@
-"""Read a first batch's inputs of chosen weights, from the captured graph itself.
+"""Read the inputs of chosen weights, from the captured graph itself.
+
+A first batch, for a v that is then frozen (`subtoken_sums`); or every batch, for a
+running mean (`observe_inputs`).
 
 The graph is replayed once, eagerly, without gradients, on the very arguments of the
 first call. Whatever the model calls its linear (F.linear, addmm, x @ W, packed
@@ -10,14 +13,17 @@ autocast's weight cache stays off.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from memrewrite.backend import Weight, copy_module
 
 aten = torch.ops.aten
 MATMULS = {  # op -> positions of its two factors
@@ -35,13 +41,13 @@ def subtoken_sum(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return padded.reshape(-1, size).sum(0, dtype=dtype)  # (M,)
 
 
-class _Observer(TorchDispatchMode):
+class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `seen(position, x)` for every matmul of a watched weight with some x."""
 
     supports_higher_order_operators = True
 
     def __init__(self, watched: Mapping[int, Tensor], seen: Callable[[int, Tensor], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = {t.untyped_storage().data_ptr(): i for i, t in watched.items()}
         self.alive: list[Any] = []  # a freed cast's address could be given out again
         self.seen = seen
@@ -108,3 +114,58 @@ def subtoken_sums(
     finally:
         torch.set_autocast_cache_enabled(cached)
     return sums
+
+
+# --- every batch: a graph that also returns what its linears read ---------------------------
+
+LINEARS: dict[Any, tuple[int, int]] = {  # Dynamo's calls -> positions of x and of the weight
+    F.linear: (0, 1),
+    torch._C._nn.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.mm: (0, 1),
+    torch.matmul: (0, 1),
+    operator.matmul: (0, 1),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+}
+
+
+def observe_inputs(
+    gm: GraphModule, selected: Sequence[Weight]
+) -> tuple[GraphModule, int, list[Weight]]:
+    """A copy that appends, per visible linear, the sum of its input's sub-tokens: (M,).
+
+    Returns the copy, the number of its own outputs, and whose sum each new output is. A
+    linear inside a checkpointed region, or one that Dynamo shows as part of a larger
+    call, is not visible: its v stays the mean of the first batch.
+    """
+    copied = copy_module(gm)
+    places = copied.graph.find_nodes(op="placeholder")
+    watched = {places[w.position]: w for w in selected}
+    output = copied.graph.output_node()
+    own: Any = output.args[0]
+    observed, sums = [], []
+    for node in list(copied.graph.nodes):
+        for x, weight in _linear_operands(node, watched):
+            arguments = (x, weight.size, torch.float64)
+            with copied.graph.inserting_before(output):
+                sums.append(copied.graph.call_function(subtoken_sum, arguments))
+            observed.append(weight)
+    output.args = ((*own, *sums),)
+    copied.recompile()
+    return copied, len(own), observed
+
+
+def _linear_operands(node: Node, watched: Mapping[Node, Weight]) -> list[tuple[Node, Weight]]:
+    """The input and the weight of a linear over a watched weight; else nothing."""
+    if node.op not in ("call_function", "call_method") or node.target not in LINEARS:
+        return []
+    at_x, at_weight = LINEARS[node.target]
+    if len(node.args) <= at_weight:
+        return []
+    x, weight = node.args[at_x], node.args[at_weight]
+    while isinstance(weight, Node) and weight not in watched and weight.op == "call_method":
+        weight = weight.args[0]  # .t(), .transpose(0, 1), .to(dtype)
+    if not isinstance(x, Node) or not isinstance(weight, Node) or weight not in watched:
+        return []
+    return [(x, watched[weight])]

@@ -51,18 +51,16 @@ def _run_one(gm: GraphModule, one: Pass) -> Step:
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, Any] | None]:
-    (output,) = graph.find_nodes(op="output")
+    returned: Any = graph.output_node().args[0]
     return [
         (str(n.meta["val"].shape), n.meta["val"].dtype)  # as text: comparing would guard
         if isinstance(n, Node) and hasattr(n.meta.get("val"), "dtype")
         else None
-        for n in output.args[0]
+        for n in returned
     ]
 
 
-def _check(
-    graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], one: Pass
-) -> None:
+def _check(graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], one: Pass) -> None:
     if _outputs(graph) != outputs:
         raise AssertionError(f"pass {one.name} changed the shape or dtype of an output")
     for node in graph.nodes:

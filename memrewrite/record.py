@@ -1,28 +1,31 @@
-"""What one compile decided: plain data, written once, readable from a warm cache.
+"""What one compile decided: plain data, written once, readable beside a warm cache.
 
-Sizes are bytes at the shapes of the compile; `formula` holds them symbolically where
+Sizes are bytes at the shapes of the compile; the formulas hold them symbolically where
 shapes are dynamic. Positions count the captured graph's arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 
 @dataclass
 class InputRecord:
-    """One saved activation, the weights whose gradients read it, and its fate."""
+    """One activation that weight gradients read, and its fate."""
 
     weights: list[int]  # compressed through one z
     exact_weights: list[int]  # not selected, same tensor
     leader: int | None  # whose v is used; None where nothing is compressed
-    features: int
+    features: int  # D
     bytes: int  # of the activation
-    z_bytes: int
-    before: int  # kept by torch.compile's default partition
-    after: int  # kept by ours: the activation, or z, or nothing
-    fate: str  # "z saved" | "rebuilt" | "kept alive"
+    z_bytes: int = 0  # of z, where z is kept
+    before: int = 0  # kept by torch.compile's default partition
+    after: int = 0  # kept by ours: the activation, or z, or nothing
+    fate: str = "rebuilt"  # or "z saved", or "kept alive"
     kept_by: list[str] = field(default_factory=list)
 
 
@@ -40,11 +43,21 @@ class GraphRecord:
     failure: str = ""  # why the rewrite was undone, if it was
     passes: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def store(self, path: Path) -> None:
+        """Write to `path`; a cache that cannot be written costs a compile, never a run."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{id(self)}.tmp")
+            temporary.write_text(json.dumps(asdict(self)))
+            temporary.replace(path)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> GraphRecord:
-        inputs = [InputRecord(**item) for item in data["inputs"]]
-        refused = {int(weight): reason for weight, reason in data["refused"].items()}
-        return cls(**{**data, "inputs": inputs, "refused": refused})
+    def load(cls, path: Path) -> GraphRecord | None:
+        """What `store` wrote there, or None."""
+        try:
+            data = json.loads(path.read_text())
+            inputs = [InputRecord(**item) for item in data["inputs"]]
+            refused = {int(weight): reason for weight, reason in data["refused"].items()}
+            return cls(**{**data, "inputs": inputs, "refused": refused})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None

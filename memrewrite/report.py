@@ -54,7 +54,14 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (r.name, "x".join(map(str, r.shape)), r.decision, r.bytes_before, r.bytes_after, r.reason)
+            (
+                r.name,
+                "x".join(map(str, r.shape)),
+                r.decision,
+                r.bytes_before,
+                r.bytes_after,
+                r.reason,
+            )
             for r in self.sites
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from memrewrite import calibrate
-from memrewrite.backend import Engine, PassesFor, Weight, capture, observe_inputs
+from memrewrite.backend import Engine, Weight, capture
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.options import VeLoRA
+from memrewrite.plan import PassesFor
 from memrewrite.record import GraphRecord
 from memrewrite.sites import Candidate, candidates, select
 
@@ -64,7 +65,8 @@ class Session:
         """Replace every v. Raises ValueError, changing nothing, for names or sizes that differ."""
         model = self.model()
         names = {c.name for c in candidates(model)} if model is not None else set()
-        vectors, sums = {}, {}
+        vectors: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for key, tensor in state.items():
             for prefix, into in ((PREFIX, vectors), ("velora.sum.", sums)):
                 if key.startswith(prefix):
@@ -118,9 +120,10 @@ def normalised(total: Tensor | None, weight: Weight) -> Tensor:
     if total is not None:
         norm = total.norm()
         if bool(torch.isfinite(norm)) and float(norm) > 0:
-            return (total / norm).to(weight.device, weight.dtype)
-    value = 1 / math.sqrt(weight.size)
-    return torch.full((weight.size,), value, dtype=weight.dtype, device=weight.device)
+            unit: Tensor = total / norm
+            return unit.to(weight.device, weight.dtype)
+    ones = torch.ones(weight.size, dtype=weight.dtype, device=weight.device)
+    return ones / math.sqrt(weight.size)
 
 
 @dataclass
@@ -211,9 +214,10 @@ class Graph:
         velora = self.session.velora
         if self.variants and self.dynamic:
             return self._uncompiled()
-        outputs, observed, gm = None, [], self.gm
+        outputs, gm = None, self.gm
+        observed: list[Weight] = []
         if selected and velora and velora.init == "running_mean":
-            gm, outputs, observed = observe_inputs(gm, selected)
+            gm, outputs, observed = calibrate.observe_inputs(gm, selected)
         compiled, record = capture(
             gm,
             args,

@@ -16,6 +16,7 @@ finds nothing changes nothing; running it twice is running it once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,10 +106,17 @@ def _reached_from(graph: Graph, start: Iterable[Node]) -> set[Node]:
     return reached
 
 
+def operand(node: Node, index: int) -> Node:
+    """An argument that is known to be a node."""
+    value = node.args[index]
+    assert isinstance(value, Node), f"{node.name} has {value!r} where a node was expected"
+    return value
+
+
 def storage_of(node: Node) -> Node:
     """The node whose memory `node` is a view of."""
-    while node.target in VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while node.target in VIEWS:
+        node = operand(node, 0)
     return node
 
 
@@ -127,24 +135,45 @@ def value_key(node: Node) -> Hashable:
     """
     base, value = storage_of(node), node.meta["val"]
     geometry = (str(value.shape), str(value.stride()), str(value.storage_offset()))
-    if base.target in CASTS and isinstance(base.args[0], Node):
-        return (value_key(base.args[0]), str(value.dtype), geometry)
+    if base.target in CASTS:
+        return (value_key(operand(base, 0)), str(value.dtype), geometry)
     return (base, geometry)
 
 
-def call(like: Node, target: Any, *args: Any) -> Node:
-    """A new node as early as its operands allow, its provenance copied from `like`."""
+def call(like: Node, target: Any, *args: Any, shaped: Callable[..., Any] | None = None) -> Node:
+    """A new node as early as its operands allow, its provenance copied from `like`.
+
+    `shaped` infers the value in place of `target`, where that would fix a dynamic size.
+    """
     graph = like.graph
-    operands = [a for a in args if isinstance(a, Node)]
+    operands: list[Node] = []
+    torch.fx.node.map_arg(args, operands.append)
     after = max(operands)
     while after.op == "placeholder" and after.next.op == "placeholder":
         after = after.next
     with graph.inserting_after(after):
         node = graph.call_function(target, args)
-    with torch.no_grad():
-        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    values = [n.meta["val"] for n in operands]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), nullcontext())
+    with mode, torch.no_grad():
+        infer = shaped or target
+        node.meta["val"] = infer(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
     return node
+
+
+def size(like: Node, node: Node, dim: int) -> int | Node:
+    """A size as an operand: a number, or under dynamic shapes the node that reads it.
+
+    Never -1: inferring a dynamic size would fix it, and so recompile for every other.
+    """
+    known = fixed(node.meta["val"].shape[dim])
+    return call(like, aten.sym_size.int, node, dim) if known is None else known
+
+
+def fixed(length: int | torch.SymInt) -> int | None:
+    """A size that is the same in every run, or None; asks without installing a guard."""
+    return length if isinstance(length, int) else length.node.maybe_as_int()
 
 
 def tensor_bytes(node: Node) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -24,7 +25,9 @@ from passes.base import (
     aten,
     backward_nodes,
     batch_nodes,
+    fixed,
     is_transpose,
+    operand,
     storage_of,
     value_key,
 )
@@ -39,13 +42,9 @@ class WeightGradient:
     matmul: Node  # (O, D), or (D, O) when transposed
     operand: Node  # what the matmul reads: (N, D), or (D, N) when transposed
     transposed: bool
+    features: int  # D, the channels of x
     matmul_name: str  # names outlive the nodes, and every copy of the graph keeps them
     storage_name: str  # of the memory behind the activation
-
-    @property
-    def features(self) -> int:
-        """D, the channels of x."""
-        return int(self.matmul.meta["val"].shape[0 if self.transposed else 1])
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ class Found:
 
 def weight_gradients(graph: Graph, weights: set[int]) -> Found:
     """Every matmul that is a term of the gradient of one of `weights`."""
-    (output,) = graph.find_nodes(op="output")
+    output = graph.output_node()
     backward = backward_nodes(graph)
     activations = batch_nodes(graph, weights) - backward
     found: list[WeightGradient] = []
     refused: dict[int, str] = {}
-    returned = output.args[0]
+    returned: Any = output.args[0]
     for node, weight in zip(returned, output.meta["gradient_of"], strict=True):
         if weight not in weights or not isinstance(node, Node):
             continue
@@ -81,7 +80,7 @@ def shared_inputs(gradients: Iterable[WeightGradient]) -> list[list[WeightGradie
     for gradient in gradients:
         x, transposed = gradient.operand, gradient.transposed
         if transposed and is_transpose(x):
-            x, transposed = x.args[0], False  # type: ignore[assignment]
+            x, transposed = operand(x, 0), False
         groups.setdefault((value_key(x), transposed), []).append(gradient)
     return list(groups.values())
 
@@ -91,11 +90,10 @@ def _terms(node: Node, user: Node) -> Iterator[Node]:
     if set(node.users) != {user}:
         return
     if node.target in VIEWS or node.target in CASTS:
-        yield from _terms(node.args[0], node)  # type: ignore[arg-type]
+        yield from _terms(operand(node, 0), node)
     elif node.target is aten.add.Tensor and not node.kwargs:
-        for operand in node.args:
-            if isinstance(operand, Node):
-                yield from _terms(operand, node)
+        for term in node.all_input_nodes:
+            yield from _terms(term, node)
     else:
         yield node
 
@@ -105,21 +103,24 @@ def _match(
 ) -> WeightGradient | None:
     if node.target is not aten.mm.default:
         return None
-    left, right = node.args
+    left, right = operand(node, 0), operand(node, 1)
     if left in backward and right in activations:
-        operand, transposed = right, False
+        x, transposed = right, False
     elif left in activations and right in backward:
-        operand, transposed = left, True
+        x, transposed = left, True
     else:
         return None
-    if velora_reconstruct in (operand.target, storage_of(operand).target):
+    if velora_reconstruct in (x.target, storage_of(x).target):
         return None  # compressed already
-    return WeightGradient(weight, node, operand, transposed, node.name, storage_of(operand).name)
+    features = fixed(x.meta["val"].shape[0 if transposed else 1])
+    if features is None:
+        return None  # sub-tokens of a dynamic number of features
+    return WeightGradient(weight, node, x, transposed, features, node.name, storage_of(x).name)
 
 
 def _reason(terms: list[Node]) -> str:
     if not terms:
         return "its gradient matmul also serves another output"
     if any(term.target is aten.mm.default for term in terms):
-        return "the other factor of its gradient matmul is not an activation"
+        return "its gradient matmul reads no activation of fixed width"
     return f"its gradient is {terms[0].name}, not a matmul"

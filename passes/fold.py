@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, aten, call, is_transpose
+from passes.base import Pass, aten, call, is_transpose, operand
 from passes.ops import velora_reconstruct
 
 
@@ -25,12 +25,12 @@ def fold_reconstruction() -> Pass:
 
     def rewrite(gm: GraphModule) -> None:
         for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):
-            left, right = node.args
+            left, right = operand(node, 0), operand(node, 1)
             if right.target is velora_reconstruct:
                 _replace(node, _folded(node, left, right))
             elif _transposed_reconstruction(left):
                 across = call(node, aten.permute.default, right, [1, 0])  # (O, N)
-                folded = _folded(node, across, left.args[0])  # (O, D)
+                folded = _folded(node, across, operand(left, 0))  # (O, D)
                 _replace(node, call(node, aten.permute.default, folded, [1, 0]))
         gm.graph.eliminate_dead_code()
 
@@ -38,7 +38,7 @@ def fold_reconstruction() -> Pass:
 
 
 def _transposed_reconstruction(node: Node) -> bool:
-    return is_transpose(node) and node.args[0].target is velora_reconstruct  # type: ignore[union-attr]
+    return is_transpose(node) and operand(node, 0).target is velora_reconstruct
 
 
 def _folded(matmul: Node, rows: Node, x_hat: Node) -> Node:

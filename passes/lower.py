@@ -10,9 +10,10 @@ they do nothing. The node that holds z keeps its `velora` mark.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, aten, call
+from passes.base import Pass, aten, call, fixed, operand, size
 from passes.ops import velora_compress, velora_reconstruct
 
 convert = torch.ops.prims.convert_element_type.default
@@ -34,23 +35,31 @@ def lower_ir_ops() -> Pass:
 
 
 def _compress(node: Node) -> Node:
-    x, v = node.args
-    m = v.meta["val"].shape[0]  # type: ignore[union-attr]
-    features = int(x.meta["val"].shape[1])  # type: ignore[union-attr]
+    x, v = operand(node, 0), operand(node, 1)
+    m, features = fixed(v.meta["val"].shape[0]), fixed(x.meta["val"].shape[1])
+    assert m is not None and features is not None  # find takes no other
     if features % m:
-        x = call(node, aten.constant_pad_nd.default, x, [0, -features % m])  # (N, G*M)
-    subtokens = call(node, aten.view.default, x, [-1, -(-features // m), m])  # (N, G, M)
+        padding = [0, -features % m]
+        x = call(node, aten.constant_pad_nd.default, x, padding, shaped=_padded)  # (N, G*M)
+    shape = [size(node, x, 0), -(-features // m), m]
+    subtokens = call(node, aten.view.default, x, shape)  # (N, G, M)
     products = call(node, aten.mul.Tensor, _cast(node, subtokens, v), v)  # (N, G, M)
     return _cast(node, call(node, aten.sum.dim_IntList, products, [-1]), node)  # (N, G)
 
 
+def _padded(x: Tensor, padding: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] + padding[1])
+
+
 def _reconstruct(node: Node) -> Node:
-    z, v, features = node.args
-    column = call(node, aten.unsqueeze.default, _cast(node, z, v), -1)  # type: ignore[arg-type]
+    z, v, features = operand(node, 0), operand(node, 1), node.args[2]
+    column = call(node, aten.unsqueeze.default, _cast(node, z, v), -1)
     outer = _cast(node, call(node, aten.mul.Tensor, column, v), node)  # (N, G, M)
-    groups, m = outer.meta["val"].shape[1:]
-    flat = call(node, aten.view.default, outer, [-1, int(groups) * int(m)])  # (N, G*M)
-    if int(groups) * int(m) == features:
+    m = fixed(v.meta["val"].shape[0])
+    assert m is not None and isinstance(features, int)  # find takes no other
+    padded = -(-features // m) * m
+    flat = call(node, aten.view.default, outer, [size(node, z, 0), padded])  # (N, G*M)
+    if padded == features:
         return flat
     kept = call(node, aten.slice.Tensor, flat, 1, 0, features)  # (N, D)
     return call(node, aten.clone.default, kept)  # a gradient must not alias its padding

@@ -16,6 +16,8 @@ Source: Miles et al. 2024, arXiv:2405.17991, algorithm 1; the zero padding is PE
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,11 +36,24 @@ def reconstruct(z: Tensor, v: Tensor, features: int) -> Tensor:
     return outer.to(z.dtype).flatten(1)[:, :features].clone()  # (N, D)
 
 
-_library = torch.library.Library("memrewrite", "DEF")
+def _compress_shape(x: Tensor, v: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], -(-x.shape[1] // v.shape[0]))  # (N, G)
+
+
+def _reconstruct_shape(z: Tensor, v: Tensor, features: int) -> Tensor:
+    return z.new_empty(z.shape[0], features)  # (N, D)
+
+
+_Library: Any = torch.library.Library
+_library = _Library("memrewrite", "DEF")
 _library.define("velora_compress(Tensor x, Tensor v) -> Tensor")
 _library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tensor")
-_library.impl("velora_compress", compress, "CompositeExplicitAutograd")
-_library.impl("velora_reconstruct", reconstruct, "CompositeExplicitAutograd")
+for _name, _kernel, _shape in (
+    ("velora_compress", compress, _compress_shape),
+    ("velora_reconstruct", reconstruct, _reconstruct_shape),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memrewrite::{_name}", _shape, lib=_library)
 
 velora_compress = torch.ops.memrewrite.velora_compress.default
 velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default

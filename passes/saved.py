@@ -39,10 +39,11 @@ class Kept:
 
 def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -> Kept:
     """The memories behind the outputs past `num_outputs`; `free` arguments cost nothing."""
-    (output,) = forward.find_nodes(op="output")
+    output = forward.output_node()
     roots: dict[int, Node] = {}
     handed: dict[Node, tuple[Node, ...]] = {}
-    for node in output.args[0][num_outputs:]:
+    returned: Any = output.args[0]
+    for node in returned[num_outputs:]:
         root = storage_of(node)
         value = root.meta.get("val")
         if isinstance(value, torch.Tensor) and root.meta.get("argument") not in free:
@@ -69,7 +70,7 @@ def readers(backward: Graph, handed: Iterable[Node]) -> Iterator[Node]:
 
 def exclusive_inputs(backward: Graph, z: Node) -> list[Node]:
     """The placeholders that backward reads for nothing but to rebuild z."""
-    (output,) = backward.find_nodes(op="output")
+    output = backward.output_node()
     needed: set[Node] = {z}
     stack: list[Node] = [output]
     while stack:

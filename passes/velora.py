@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, arguments, aten, call, is_transpose, storage_of
+from passes.base import Pass, arguments, aten, call, is_transpose, operand, storage_of
 from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.ops import velora_compress, velora_reconstruct
 
@@ -52,7 +52,7 @@ def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:
     for gradient in group:
         matmul = gradient.matmul
         x_hat = call(matmul, velora_reconstruct, z, v, gradient.features)  # (N, D)
-        left, right = matmul.args
+        left, right = operand(matmul, 0), operand(matmul, 1)
         if gradient.transposed:
             left = call(matmul, aten.permute.default, x_hat, [1, 0])  # (D, N)
         else:
@@ -65,9 +65,9 @@ def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:
 
 def _rows(gradient: WeightGradient) -> Node:
     """x as (N, D), whichever way the matmul reads it."""
-    operand = gradient.operand
+    x = gradient.operand
     if not gradient.transposed:
-        return operand
-    if is_transpose(operand):
-        return operand.args[0]  # type: ignore[return-value]
-    return call(operand, aten.permute.default, operand, [1, 0])
+        return x
+    if is_transpose(x):
+        return operand(x, 0)
+    return call(x, aten.permute.default, x, [1, 0])

@@ -1,0 +1,104 @@
+"""Real text that every machine has: the running Python's standard library, as token ids.
+
+The files are split into train and validation, a byte-level BPE tokenizer is trained on the
+training files, and the ids are kept as .npy files, so that only the first run pays for it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+Ids = NDArray[np.uint16]
+END = "<|endoftext|>"
+VOCABULARIES = range(257, 65_537)  # the 256 bytes and END; what a uint16 holds
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+SPLIT_SEED = 0
+VALIDATION_SHARE = 0.05
+TOKENIZER_CHARACTERS = 3_000_000  # merges learned from more hardly differ, and take longer
+
+
+def stdlib_ids(output: Path, vocabulary: int) -> tuple[Ids, Ids]:
+    """Train and validation ids, each (tokens,), from the cache under `output` if it is there."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    folder = output / f"stdlib-{python}-vocab{vocabulary}"
+    if not folder.is_dir():
+        _tokenise(folder, vocabulary)
+    return np.load(folder / "train.npy"), np.load(folder / "validation.npy")
+
+
+def batches(ids: Ids, batch: int, sequence: int, seed: int) -> Iterator[torch.Tensor]:
+    """Without end: windows at random places, the same ones for the same seed."""
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(len(ids) - sequence, size=batch)
+        rows = np.stack([ids[s : s + sequence] for s in starts])  # (B, S)
+        yield torch.from_numpy(rows.astype(np.int64))
+
+
+def _tokenise(folder: Path, vocabulary: int) -> None:
+    train, validation = _split(list(_sources()))
+    tokenizer = _trained_tokenizer(train, vocabulary)
+    # Renamed only when complete, so that an interrupted run leaves no half a cache.
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(partial / "tokenizer.json"))
+    np.save(partial / "train.npy", _encode(tokenizer, train))
+    np.save(partial / "validation.npy", _encode(tokenizer, validation))
+    partial.rename(folder)
+
+
+def _sources() -> Iterator[str]:
+    """The text of each module, in the order of the paths; files that are not UTF-8 are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if EXCLUDED.isdisjoint(path.relative_to(root).parts):
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def _split(files: list[str]) -> tuple[list[str], list[str]]:
+    random.Random(SPLIT_SEED).shuffle(files)
+    held_out = max(1, round(len(files) * VALIDATION_SHARE))
+    return files[held_out:], files[:held_out]
+
+
+def _trained_tokenizer(files: list[str], vocabulary: int) -> Tokenizer:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_head(files, TOKENIZER_CHARACTERS), trainer)
+    return tokenizer
+
+
+def _head(files: list[str], characters: int) -> Iterator[str]:
+    for file in files:
+        if characters <= 0:
+            return
+        characters -= len(file)
+        yield file
+
+
+def _encode(tokenizer: Tokenizer, files: list[str]) -> Ids:
+    encoded = tokenizer.encode_batch([file + END for file in files])
+    return np.concatenate([np.array(e.ids, dtype=np.uint16) for e in encoded])  # (tokens,)

@@ -1,0 +1,5 @@
+"""python -m memrewrite"""
+
+from memrewrite.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,242 @@
+"""Rewrite one joint graph, split it, and write down what was decided.
+
+Exact first: the split lets backward recompute whatever it can without another matmul,
+which torch's default forbids for anything that feeds a backward matmul. On top of that,
+once, and only if it keeps fewer bytes: a z is pinned as a forward value where rebuilding
+it would keep more than z has, and kept matmul outputs are rerun within a share of the
+operations that the fold removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from memrewrite import pipeline
+from memrewrite.errors import MemrewriteWarning
+from memrewrite.plan import Plan
+from memrewrite.record import GraphRecord, InputRecord
+from passes.base import Pass, arguments, copy_graph, storage_of, tensor_bytes
+from passes.find import WeightGradient, shared_inputs, weight_gradients
+from passes.rerun import choose_reruns, freed_operations
+from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
+
+log = logging.getLogger(__name__)
+
+# Matmul-class work that torch 2.13's `aggressive_recomputation` would run twice: its
+# list of compute-intensive operations lacks them.
+COSTLY = (
+    "_scaled_dot_product",
+    "_flash_attention",
+    "_efficient_attention",
+    "_cudnn_attention",
+    "_grouped_mm",
+    "flex_attention",
+)
+
+# Of the operations that the fold removes, the share that may be spent on reruns; the
+# rest is the user's time. docs/design.md has the measurement behind it.
+RERUN_SHARE = 1 / 4
+
+Halves = tuple[GraphModule, GraphModule]
+Cut = Callable[[GraphModule, int], Halves]  # (joint, number of forward outputs)
+
+
+@dataclass
+class Compile:
+    """One compile in progress: what the rewrite leaves for the split that follows it."""
+
+    record: GraphRecord | None = None
+    plain: Graph | None = None  # the joint graph before any pass
+    groups: list[list[WeightGradient]] = field(default_factory=list)
+    freed: float = 0.0  # operations that the fold removed
+
+
+def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> None:
+    """Run the passes on an annotated joint graph; a failing rewrite leaves the exact graph."""
+    found = weight_gradients(gm.graph, set(plan.weights))
+    state.groups = shared_inputs(found.gradients)
+    state.record = GraphRecord(refused=dict(found.refused))
+    state.record.inputs = _inputs(state.groups, {weight for weight, _ in plan.vectors})
+    state.plain = copy_graph(gm.graph)
+    freed = _freed(found.gradients, dict(plan.vectors), gm.graph)
+    try:
+        state.record.passes = [step.to_json() for step in pipeline.run(gm, todo)]
+        state.freed = freed
+    except Exception as error:
+        log.exception("the rewrite was undone")
+        state.record.failure = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"memrewrite could not rewrite a graph and keeps its exact gradients: {error}",
+            MemrewriteWarning,
+            stacklevel=2,
+        )
+
+
+def divide(
+    gm: GraphModule, plan: Plan, outputs: int, state: Compile, default: Cut, exact_first: Cut
+) -> Halves:
+    """Split a joint graph into forward and backward; see the module's docstring.
+
+    `default` is torch's own split, whose kept bytes are the "before" of the report;
+    `exact_first` is the same with exact recompute allowed, and None of our additions
+    where the user has set an activation memory budget of their own.
+    """
+    before = None
+    if state.plain is not None:
+        plain, _ = default(GraphModule(gm, state.plain), outputs)
+        before = kept_for_backward(plain.graph, outputs, plan.free)
+    _never_rerun_costly(gm.graph)
+    forward, backward = _improved(gm, plan, outputs, state.freed, exact_first)
+    if state.record is not None and before is not None:
+        after = kept_for_backward(forward.graph, outputs, plan.free)
+        _settle(state.record, state.groups, before, after, backward.graph)
+    return forward, backward
+
+
+def _improved(gm: GraphModule, plan: Plan, outputs: int, freed: float, cut: Cut) -> Halves:
+    joint = copy_graph(gm.graph)
+    first = cut(gm, outputs)
+    kept = kept_for_backward(first[0].graph, outputs, plan.free)
+    zs = [n for n in first[1].graph.nodes if "velora" in n.meta and n.op == "call_function"]
+    pins = {z.name for z in zs if _worth_pinning(first[1].graph, z, plan.free)}
+    reruns = {n.name for n in _reruns(kept, plan, freed)}
+    if not pins and not reruns:
+        return first
+    for node in joint.nodes:
+        if node.name in reruns:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    pinned = _pin(joint, pins, outputs)
+    second = cut(GraphModule(gm, joint), outputs + pinned)
+    _unpin(second[0], outputs, pinned)
+    kept_second = kept_for_backward(second[0].graph, outputs, plan.free)
+    return second if hint(kept_second.bytes) < hint(kept.bytes) else first
+
+
+def _never_rerun_costly(graph: Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_costly(node):
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
+def _is_costly(node: Node) -> bool:
+    return any(part in str(node.target) for part in COSTLY)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _reruns(kept: Kept, plan: Plan, freed: float) -> list[Node]:
+    return choose_reruns(
+        kept,
+        RERUN_SHARE * freed,
+        is_free=lambda n: n.meta.get("argument") in plan.free,
+        is_costly=lambda n: _is_costly(n) or _is_random(n),
+        hint=hint,
+    )
+
+
+def _worth_pinning(backward: Graph, z: Node, free: Collection[int]) -> bool:
+    inputs = [n for n in exclusive_inputs(backward, z) if n.meta.get("argument") not in free]
+    tensors = [n for n in inputs if isinstance(n.meta.get("val"), Tensor)]
+    return sum(hint(tensor_bytes(n)) for n in tensors) > hint(tensor_bytes(z))
+
+
+def _pin(joint: Graph, names: Collection[str], outputs: int) -> int:
+    """Make each z an output of the forward: the partitioner then must compute it there."""
+    output = joint.output_node()
+    values, descs = list(output.args[0]), list(output.meta.get("desc") or ())  # type: ignore[arg-type]
+    zs = [n for n in joint.nodes if n.name in names]
+    output.args = (tuple(values[:outputs] + zs + values[outputs:]),)
+    if descs:
+        output.meta["desc"] = descs[:outputs] + [None] * len(zs) + descs[outputs:]
+    return len(zs)
+
+
+def _unpin(forward: GraphModule, outputs: int, pinned: int) -> None:
+    output = forward.graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    output.args = (tuple(values[:outputs] + values[outputs + pinned :]),)
+    for key in ("desc", "output_stack_traces"):
+        if key in output.meta:
+            entries = list(output.meta[key])
+            output.meta[key] = entries[:outputs] + entries[outputs + pinned :]
+    forward.graph.lint()
+    forward.recompile()
+
+
+# --- what was decided --------------------------------------------------------------------
+
+
+def hint(size: Any) -> int:
+    """A size at the compile's own shapes; never installs a guard."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)
+
+
+def _freed(gradients: Sequence[WeightGradient], vectors: dict[int, int], graph: Graph) -> float:
+    places = arguments(graph)
+    return sum(
+        hint(freed_operations(g, places[vectors[g.weight]].meta["val"].shape[0]))
+        for g in gradients
+        if g.weight in vectors
+    )
+
+
+def _inputs(groups: list[list[WeightGradient]], selected: set[int]) -> list[InputRecord]:
+    """One record per saved activation, with its weights; the split settles its fate."""
+    records = []
+    for group in groups:
+        chosen = sorted({g.weight for g in group if g.weight in selected})
+        records.append(
+            InputRecord(
+                weights=chosen,
+                exact_weights=sorted({g.weight for g in group if g.weight not in selected}),
+                leader=chosen[0] if chosen else None,
+                features=group[0].features,
+                bytes=hint(tensor_bytes(storage_of(group[0].operand))),
+            )
+        )
+    return records
+
+
+def _settle(
+    record: GraphRecord,
+    groups: list[list[WeightGradient]],
+    before: Kept,
+    after: Kept,
+    backward: Graph,
+) -> None:
+    served = {g.matmul_name: g.weight for group in groups for g in group}
+    zs = {z.meta["velora"]: z for z in after.storages if "velora" in z.meta}
+    for entry, group in zip(record.inputs, groups, strict=True):
+        names = {g.storage_name for g in group}
+        was, x = before.named(names), after.named(names)
+        z = next((zs[n] for n in names if n in zs), None)
+        entry.before = hint(tensor_bytes(was)) if was else 0
+        entry.z_bytes = hint(tensor_bytes(z)) if z else 0
+        entry.after = entry.z_bytes + (hint(tensor_bytes(x)) if x else 0)
+        entry.fate = "kept alive" if x else "z saved" if z else "rebuilt"
+        entry.kept_by = _reader_names(backward, after.handed[x], served) if x else []
+    record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
+    record.formula_before, record.formula_after = str(before.bytes), str(after.bytes)
+
+
+def _reader_names(backward: Graph, handed: Sequence[Node], served: dict[str, int]) -> list[str]:
+    seen: dict[str, None] = {}
+    for node in readers(backward, handed):
+        if node.name in served:
+            seen[f"weight:{served[node.name]}"] = None
+        elif node.op == "call_function" and "velora" not in node.meta:
+            seen[str(getattr(node.target, "overloadpacket", node.target))] = None
+    return [name.removeprefix("aten.") for name in seen]
