@@ -74,6 +74,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
     except Exception as error:
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"
+        state.record.inputs = _inputs(state.groups, set())
         warnings.warn(
             f"memrewrite could not rewrite a graph and keeps its exact gradients: {error}",
             MemrewriteWarning,
@@ -106,7 +107,7 @@ def _improved(gm: GraphModule, plan: Plan, outputs: int, freed: float, cut: Cut)
     joint = copy_graph(gm.graph)
     first = cut(gm, outputs)
     kept = kept_for_backward(first[0].graph, outputs, plan.free)
-    zs = [n for n in first[1].graph.nodes if "velora" in n.meta and n.op == "call_function"]
+    zs = [n for n in first[1].graph.nodes if "velora_z" in n.meta and n.op == "call_function"]
     pins = {z.name for z in zs if _worth_pinning(first[1].graph, z, plan.free)}
     reruns = {n.name for n in _reruns(kept, plan, freed)}
     if not pins and not reruns:
@@ -218,7 +219,7 @@ def _settle(
     backward: Graph,
 ) -> None:
     served = {g.matmul_name: g.weight for group in groups for g in group}
-    zs = {z.meta["velora"]: z for z in after.storages if "velora" in z.meta}
+    zs = {z.meta["velora"]: z for z in after.storages if "velora_z" in z.meta}
     for entry, group in zip(record.inputs, groups, strict=True):
         names = {g.storage_name for g in group}
         was, x = before.named(names), after.named(names)
@@ -233,10 +234,12 @@ def _settle(
 
 
 def _reader_names(backward: Graph, handed: Sequence[Node], served: dict[str, int]) -> list[str]:
-    seen: dict[str, None] = {}
+    weights: set[int] = set()
+    operations: dict[str, None] = {}
     for node in readers(backward, handed):
         if node.name in served:
-            seen[f"weight:{served[node.name]}"] = None
+            weights.add(served[node.name])
         elif node.op == "call_function" and "velora" not in node.meta:
-            seen[str(getattr(node.target, "overloadpacket", node.target))] = None
-    return [name.removeprefix("aten.") for name in seen]
+            operations[str(getattr(node.target, "overloadpacket", node.target))] = None
+    named = [name.removeprefix("aten.") for name in operations]
+    return [f"weight:{weight}" for weight in sorted(weights)] + named

@@ -44,12 +44,12 @@ class Session:
     sums: dict[str, Tensor] = field(default_factory=dict)  # running means, not normalised
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
     graphs: list[Graph] = field(default_factory=list)
-    calls: int = 0
+    called: bool = False
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph."""
-        self.calls += 1
-        graph = Graph(self, gm, inputs)
+        self.called = True
+        graph = Graph(self, gm, inputs)  # raises where Dynamo wants to trace once more
         self.graphs.append(graph)
         return graph
 

@@ -41,7 +41,7 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
             _waiting.remove(reference)
         elif any(id(p) in stepped for p in model.parameters()):
             _waiting.remove(reference)
-            if session.calls == 0:
+            if not session.called:
                 _complain(type(model).__name__)
     if not _waiting and _handle is not None:
         _handle.remove()

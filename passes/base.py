@@ -49,6 +49,7 @@ PROVENANCE = (
     "custom",
     "recompute",
     "ac_graph_id",
+    "velora",  # on every node of a compression: the name of the memory that it replaces
 )
 
 

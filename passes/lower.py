@@ -4,7 +4,7 @@
     velora_reconstruct(z, v, D)   cast? -> unsqueeze -> mul v -> cast? -> view -> (slice, clone)?
 
 Identity: the definitions in `passes.ops`, op by op; steps marked ? are left out where
-they do nothing. The node that holds z keeps its `velora` mark.
+they do nothing. The node that holds z keeps its `velora_z` mark.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def lower_ir_ops() -> Pass:
         for op, lowered in ((velora_compress, _compress), (velora_reconstruct, _reconstruct)):
             for node in gm.graph.find_nodes(op="call_function", target=op):
                 replacement = lowered(node)
-                if "velora" in node.meta:
-                    replacement.meta["velora"] = node.meta["velora"]
+                if "velora_z" in node.meta:
+                    replacement.meta["velora_z"] = True
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
 

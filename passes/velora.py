@@ -48,7 +48,7 @@ def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:
     first = group[0]
     x = _rows(first)  # (N, D)
     z = call(storage_of(x), velora_compress, x, v)  # (N, G)
-    z.meta["velora"] = first.storage_name
+    z.meta.update(velora=first.storage_name, velora_z=True)
     for gradient in group:
         matmul = gradient.matmul
         x_hat = call(matmul, velora_reconstruct, z, v, gradient.features)  # (N, D)
