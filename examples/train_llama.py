@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,9 +109,9 @@ def train(name: str, args: argparse.Namespace) -> Result:
 
 
 def _model(args: argparse.Namespace) -> LlamaForCausalLM:
-    shape = dict(zip(SHAPE, SIZES[args.size], strict=True))
-    limits = {"vocab_size": args.vocab, "max_position_embeddings": args.sequence}
-    config = LlamaConfig(**shape, **limits, use_cache=False)
+    shape: dict[str, Any] = dict(zip(SHAPE, SIZES[args.size], strict=True))
+    shape |= {"vocab_size": args.vocab, "max_position_embeddings": args.sequence}
+    config = LlamaConfig(**shape, use_cache=False)
     torch.manual_seed(args.seed)
     # Not .to(dtype): that would round the rotary frequencies too.
     dtype = getattr(torch, args.dtype)

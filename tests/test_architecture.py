@@ -1,0 +1,67 @@
+"""The arrows between the rooms, the one seam to private torch, and the size of a file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PRIVATE = ("torch._dynamo", "torch._functorch", "torch._inductor")
+
+
+def sources(*rooms: str) -> list[Path]:
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_passes_import_only_torch_and_themselves() -> None:
+    allowed = {"torch", "passes", *sys.stdlib_module_names}
+    for path in sources("passes"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+
+
+def test_pass_files_do_not_know_the_order() -> None:
+    order = {"velora", "fold", "lower"}
+    for path in sources("passes"):
+        known = {name.split(".")[1] for name in imports(path) if name.startswith("passes.")}
+        assert not known & order, path
+
+
+@pytest.mark.parametrize("path", sources("memrewrite", "passes", "examples"), ids=lambda p: p.stem)
+def test_private_torch_stands_behind_one_file(path: Path) -> None:
+    text = path.read_text()
+    if path.name == "backend.py":
+        return
+    if path.parent.name == "examples" and path.name == "bench_step.py":
+        return  # it measures torch's own settings, which are private
+    assert not [name for name in PRIVATE if name in text], path
+
+
+def test_no_file_outgrows_one_idea() -> None:
+    sizes = {
+        path.name: len(path.read_text().splitlines()) for path in sources("memrewrite", "passes")
+    }
+    assert max(sizes.values()) <= 350, sizes
+
+
+def test_importing_loads_no_code_generator_and_no_cuda() -> None:
+    code = (
+        "import sys, memrewrite, torch;"
+        "assert not torch.cuda.is_initialized();"
+        "assert 'torch._inductor.compile_fx' not in sys.modules;"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
