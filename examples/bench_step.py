@@ -29,6 +29,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -58,6 +59,7 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 Options = argparse.Namespace
 
 
@@ -150,7 +152,7 @@ def llama(options: Options) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def with_lora(model: nn.Module, subtoken: int | None) -> nn.Module:
+def with_lora(model: Any, subtoken: int | None) -> Any:
     """LoRA on the paper's sites; with a sub-token size, under PEFT's VeLoRA.
 
     PEFT takes one number of groups for all layers: each is set up anew with that of its width.
@@ -160,12 +162,12 @@ def with_lora(model: nn.Module, subtoken: int | None) -> nn.Module:
     from peft.tuners.lora.variants import VeloraLinearVariant
 
     config = LoraConfig(r=8, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
-    if subtoken is not None:
+    if subtoken:
         config.velora_config = VeloraConfig(init_type="batch_average_once")
-    adapted = get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, config)
     for module in adapted.modules():
         if hasattr(module, "lora_velora_num_groups"):
-            groups = -(-module.in_features // subtoken)
+            groups = math.ceil(module.in_features / subtoken)
             config.velora_config = VeloraConfig(groups, init_type="batch_average_once")
             VeloraLinearVariant.init(module, "default", config)
     return adapted
@@ -182,7 +184,7 @@ def compile_in_place(model: nn.Module, configuration: Configuration, subtoken: i
         memrewrite.compile(model, velora=velora)
 
 
-def own_call(model: nn.Module, name: str) -> Any:
+def own_call(model: Any, name: str) -> Any:
     """The model's call, with a code object of its own.
 
     Dynamo caches by code object and does not guard on functorch's settings: with a shared
@@ -200,12 +202,11 @@ def own_call(model: nn.Module, name: str) -> Any:
 
 
 def measure_memory(configuration: Configuration, options: Options) -> None:
-    cold = not Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).exists()
     device = options.device
     found = {"bare_mb": megabytes(device)}
     training = prepare(configuration, options)
     with functorch_config.patch(configuration.functorch):
-        found["cold_first_step_s" if cold else "warm_first_step_s"] = seconds(training, device)
+        found[f"{options.child}_first_step_s"] = seconds(training, device)
         for _ in range(WARM_UP - 1):
             training.step()
         reset(device)
@@ -274,13 +275,13 @@ def measure_time(members: list[Configuration], options: Options) -> None:
     reference = prepare(eager, options).gradients()
     trainings: dict[str, Training] = {}
     for configuration in members:
-        with noted(configuration.name, trainings):
+        with noted(configuration.name, "time, first step", trainings):
             trainings[configuration.name] = first_step(configuration, options, reference)
     for number in range(-WARM_UP_ROUNDS, options.steps):
         gc.collect()
         for name, training in list(trainings.items()):
             before = unique_graphs()
-            with noted(name, trainings):
+            with noted(name, f"time, round {number}", trainings):
                 took = seconds(training, options.device)
                 key = "step_s" if number >= 0 else "warm_up_step_s"
                 emit(name, **{key: took}, recompiles=unique_graphs() - before)
@@ -296,13 +297,13 @@ def first_step(configuration: Configuration, options: Options, reference: list[T
 
 
 @contextlib.contextmanager
-def noted(name: str, running: dict[str, Training]) -> Iterator[None]:
+def noted(name: str, where: str, running: dict[str, Training]) -> Iterator[None]:
     """A configuration that raises is out; the others go on."""
     try:
         yield
     except Exception as error:
         running.pop(name, None)
-        emit(name, errors=f"time: {type(error).__name__}: {error}")
+        emit(name, errors=f"{where}: {type(error).__name__}: {error}")
 
 
 def seconds(training: Training, device: str) -> float:
@@ -317,15 +318,10 @@ def unique_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def compare(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> dict[str, float]:
-    """Tensor by tensor, in float64: the concatenation itself is never needed."""
-    dot = own = other = off = 0.0
-    for a, b in ((a.double(), b.double()) for a, b in zip(mine, theirs, strict=True)):
-        dot += float((a * b).sum())
-        own += float(a.square().sum())
-        other += float(b.square().sum())
-        off += float((a - b).square().sum())
-    return {"cosine": dot / (own * other) ** 0.5, "relative_error": (off / other) ** 0.5}
+def compare(mine: list[Tensor], theirs: list[Tensor]) -> dict[str, float]:
+    a, b = (torch.cat([g.flatten().double() for g in all_of]) for all_of in (mine, theirs))
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
+    return {"cosine": float(cosine), "relative_error": float((a - b).norm() / b.norm())}
 
 
 def emit(name: str, **facts: Any) -> None:
@@ -347,24 +343,22 @@ class Bench:
     def run(self) -> None:
         with tempfile.TemporaryDirectory(prefix="bench_step_") as caches:
             for repeat in range(self.options.repeats):
-                for c in self.runnable:
-                    self.child("memory", [c], f"{caches}/{c.name}", f"repeat {repeat}", MALLOC)
+                task = "warm" if repeat else "cold"
+                for place, c in enumerate(self.runnable):
+                    self.child(task, [c], {**MALLOC, CACHE: f"{caches}/{place}"})
             for group in BASELINES:
                 if members := [c for c in self.runnable if c.group == group]:
-                    self.child("time", members, f"{caches}/{group}", f"group {group}", {})
+                    self.child("time", members, {CACHE: f"{caches}/{group}"})
 
-    def child(
-        self, task: str, members: list[Configuration], cache: str, what: str, env: dict[str, str]
-    ) -> None:
+    def child(self, task: str, members: list[Configuration], env: dict[str, str]) -> None:
         names = ",".join(c.name for c in members)
-        print(f"{task}, {what}: {names}", file=sys.stderr)
+        print(f"{task}: {names}", file=sys.stderr)
         command = [sys.executable, __file__, *sys.argv[1:], "--configurations", names]
-        env = {**os.environ, **env, "TORCHINDUCTOR_CACHE_DIR": cache}
         with (
             tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(
                 [*command, "--child", task],
-                env=env,
+                env={**os.environ, **env},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -375,9 +369,8 @@ class Bench:
                     self.learn(**json.loads(line.removeprefix(MARK)))
             if process.wait():
                 errors.seek(0)
-                text = f"{task}, {what}: exit {process.returncode}: {errors.read()[-2000:]}"
                 for c in members:
-                    self.learn(c.name, errors=text)
+                    self.learn(c.name, errors=f"{task}: exit {process.returncode}: {errors.read()}")
 
     def learn(self, name: str, **facts: Any) -> None:
         """A list of the row grows by what is new, anything else is replaced."""
@@ -406,8 +399,8 @@ def new_row(configuration: Configuration) -> dict[str, Any]:
     needed |= {"memrewrite"} & {configuration.engine}
     missing = sorted(p for p in needed if importlib.util.find_spec(p) is None)
     skipped = f"not installed: {', '.join(missing)}" if missing else None
-    lists = {k: [] for k in ("errors", "memory", "warm_up_step_s", "step_s", "recompiles")}
-    return {**asdict(configuration), "skipped": skipped, **lists}
+    lists = ("errors", "memory", "warm_up_step_s", "step_s", "recompiles")
+    return {**asdict(configuration), "skipped": skipped, **{key: [] for key in lists}}
 
 
 def medians(row: dict[str, Any]) -> dict[str, float]:
@@ -416,7 +409,7 @@ def medians(row: dict[str, Any]) -> dict[str, float]:
     if steps := row["step_s"]:
         found |= {"step_s": median(steps), "step_min_s": min(steps), "step_max_s": max(steps)}
         found |= {"graphs": row["graphs"], "recompiles": sum(row["recompiles"])}
-    return found | row.get("gradient", {})
+    return {**found, **row.get("gradient", {})}
 
 
 def ratios(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, float]:
@@ -478,7 +471,7 @@ def arguments() -> tuple[Options, list[Configuration]]:
     parser.add_argument("--configurations", default="all", help="names or base, lora, all")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file")
     parser.add_argument("--markdown", type=Path, help="the table, as a file")
-    parser.add_argument("--child", choices=("memory", "time"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("cold", "warm", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     asked = {part.strip() for part in options.configurations.split(",")}
     names = ["base", "lora", "all", *(c.name for c in CONFIGURATIONS)]
@@ -493,11 +486,16 @@ def arguments() -> tuple[Options, list[Configuration]]:
 
 def main() -> None:
     options, chosen = arguments()
-    if options.child == "memory":
-        return measure_memory(chosen[0], options)
-    if options.child == "time":
-        return measure_time(chosen, options)
-    bench = Bench(chosen, options)
+    if options.child is None:
+        lead(Bench(chosen, options), options.markdown)
+    elif options.child == "time":
+        measure_time(chosen, options)
+    else:
+        with noted(chosen[0].name, options.child, {}):
+            measure_memory(chosen[0], options)
+
+
+def lead(bench: Bench, markdown: Path | None) -> None:
     try:
         bench.run()
     finally:
@@ -506,9 +504,9 @@ def main() -> None:
         print(table(rows, "simple"))
         for row in rows:
             for reason in filter(None, [row["skipped"], *row["errors"]]):
-                print(f"\n{row['name']}: {reason}")
-        if options.markdown:
-            options.markdown.write_text(table(rows, "github") + "\n")
+                print(f"{row['name']}: {reason[:300]}")
+        if markdown:
+            markdown.write_text(table(rows, "github") + "\n")
 
 
 if __name__ == "__main__":

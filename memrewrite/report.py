@@ -29,7 +29,7 @@ EXACT_FATES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate. Bytes are of its saved input, at the shapes of the last compile."""
+    """One candidate. Bytes are of its saved input; see `report`."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,9 +72,11 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What was rewritten in a model compiled by memrewrite, and why the rest was not.
 
-    "before" is what torch.compile's default partition of the same graph keeps for
-    backward, "after" what ours keeps; both are exact, in bytes, at the shapes of the
-    last compile. An input that several weights share is counted at the first of them.
+    "after" is what the compiled forward keeps for backward, to the byte, at the shapes
+    of the last compile; parameters, buffers and the vectors v are not counted. "before"
+    is what torch.compile's default partition keeps of the same joint graph, taken before
+    Inductor's own simplifications, which may save it a few constants more. An input that
+    several weights share is counted at the first of them.
     Raises ValueError for a model that memrewrite did not compile.
     """
     session = session_of(model)

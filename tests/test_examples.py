@@ -1,0 +1,68 @@
+"""The examples run, and what they write can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.inductor
+
+
+def example(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    chosen = ("torch.compile", "memrewrite velora all")
+    sizes = ("--steps", "6", "--batch", "2", "--sequence", "32", "--vocab", "300")
+    done = example("train_llama.py", *sizes, "--output", str(tmp_path), "--configurations", *chosen)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    baseline, ours = json.loads((tmp_path / "demo.json").read_text())["results"]
+    assert ours["saved"] < baseline["saved"]
+    assert len(ours["losses"]) == 6
+    assert "saved for backward" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", "0"), "whole number"),
+        (("--configurations", "magic"), "magic"),
+        (("--device", "nowhere"), "not available"),
+        (("--vocab", "3"), "choose from"),
+    ],
+)
+def test_the_demo_refuses_bad_input(arguments: tuple[str, ...], words: str) -> None:
+    done = example("train_llama.py", *arguments)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_the_bench(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    shape = "--layers 1 --hidden 32 --intermediate 64 --heads 2 --vocab 64 --batch 2 --sequence 16"
+    few = "--repeats 1 --steps 1 --subtoken 8"
+    chosen = "torch.compile,memrewrite velora all"
+    done = example(
+        "bench_step.py",
+        *f"{shape} {few}".split(),
+        *("--configurations", chosen, "--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
+    assert set(rows) == set(chosen.split(","))
+    assert not any(row["errors"] for row in rows.values())
+    summary = rows["memrewrite velora all"]["summary"]
+    assert summary["saved_mb_ratio"] < 1 and summary["recompiles"] == 0
