@@ -244,24 +244,27 @@ def capture(
     engine: Engine,
 ) -> tuple[Callable[..., Any], GraphRecord]:
     """Compile a copy of Dynamo's graph that takes one v per selected weight, at the end."""
-    copied = copy_module(gm)
-    vectors = [_add_vector(copied, weight) for weight in selected]
     plan = Plan(
         weights=tuple(parameters),
         buffers=tuple(buffers),
         vectors=tuple((w.position, len(inputs) + i) for i, w in enumerate(selected)),
         scale=scale,
     )
-    copied.recompile()
-    path = Path(cache_dir()) / "memrewrite" / f"{_key(copied, inputs, plan, engine)}.json"
-    again = copy_module(copied)
-    with _compiling() as state:
-        compiled = engine.compile(copied, [*inputs, *vectors], plan, passes_for)
-    record = state.record or GraphRecord.load(path)
+
+    def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
+        copied = copy_module(gm)
+        vectors = [_add_vector(copied, weight) for weight in selected]
+        copied.recompile()
+        with _compiling() as state:
+            return engine.compile(copied, [*inputs, *vectors], plan, passes_for), state.record
+
+    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, engine)}.json"
+    compiled, record = compile_copy()
+    record = record or GraphRecord.load(path)
     if record is None:
-        with _compiling() as state, inductor_config.patch(force_disable_caches=True):
-            compiled = engine.compile(again, [*inputs, *vectors], plan, passes_for)
-        record = state.record or GraphRecord(inference=True)
+        with inductor_config.patch(force_disable_caches=True):
+            compiled, record = compile_copy()
+        record = record or GraphRecord(inference=True)
     record.store(path)
     return compiled, record
 

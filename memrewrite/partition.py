@@ -1,10 +1,9 @@
 """Rewrite one joint graph, split it, and write down what was decided.
 
 Exact first: the split lets backward recompute whatever it can without another matmul,
-which torch's default forbids for anything that feeds a backward matmul. On top of that,
-once, and only if it keeps fewer bytes: a z is pinned as a forward value where rebuilding
-it would keep more than z has, and kept matmul outputs are rerun within a share of the
-operations that the fold removed.
+which torch's default forbids for anything that feeds a backward matmul. Matmul outputs
+that the default keeps are rerun within a share of the operations that the fold removed,
+and a z is pinned as a forward value where rebuilding it would keep more than z has.
 """
 
 from __future__ import annotations
@@ -95,31 +94,45 @@ def divide(
     if state.plain is not None:
         plain, _ = default(GraphModule(gm, state.plain), outputs)
         before = kept_for_backward(plain.graph, outputs, plan.free)
+        _mark_reruns(gm.graph, before, plan, state.freed)
     _never_rerun_costly(gm.graph)
-    forward, backward = _improved(gm, plan, outputs, state.freed, exact_first)
+    forward, backward = _pinned_where_it_pays(gm, plan, outputs, exact_first)
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
     return forward, backward
 
 
-def _improved(gm: GraphModule, plan: Plan, outputs: int, freed: float, cut: Cut) -> Halves:
+def _pinned_where_it_pays(gm: GraphModule, plan: Plan, outputs: int, cut: Cut) -> Halves:
     joint = copy_graph(gm.graph)
     first = cut(gm, outputs)
-    kept = kept_for_backward(first[0].graph, outputs, plan.free)
     zs = [n for n in first[1].graph.nodes if "velora_z" in n.meta and n.op == "call_function"]
     pins = {z.name for z in zs if _worth_pinning(first[1].graph, z, plan.free)}
-    reruns = {n.name for n in _reruns(kept, plan, freed)}
-    if not pins and not reruns:
+    if not pins:
         return first
-    for node in joint.nodes:
-        if node.name in reruns:
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     pinned = _pin(joint, pins, outputs)
     second = cut(GraphModule(gm, joint), outputs + pinned)
     _unpin(second[0], outputs, pinned)
-    kept_second = kept_for_backward(second[0].graph, outputs, plan.free)
-    return second if hint(kept_second.bytes) < hint(kept.bytes) else first
+    sizes = [
+        hint(kept_for_backward(half.graph, outputs, plan.free).bytes)
+        for half in (first[0], second[0])
+    ]
+    return second if sizes[1] < sizes[0] else first
+
+
+def _mark_reruns(graph: Graph, kept: Kept, plan: Plan, freed: float) -> None:
+    """Choose among the matmul outputs that the default split keeps: no other needs a rerun."""
+    chosen = choose_reruns(
+        kept,
+        RERUN_SHARE * freed,
+        is_free=lambda n: n.meta.get("argument") in plan.free,
+        is_costly=lambda n: _is_costly(n) or _is_random(n),
+        hint=hint,
+    )
+    names = {node.name for node in chosen}
+    for node in graph.nodes:
+        if node.name in names:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _never_rerun_costly(graph: Graph) -> None:
@@ -134,16 +147,6 @@ def _is_costly(node: Node) -> bool:
 
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _reruns(kept: Kept, plan: Plan, freed: float) -> list[Node]:
-    return choose_reruns(
-        kept,
-        RERUN_SHARE * freed,
-        is_free=lambda n: n.meta.get("argument") in plan.free,
-        is_costly=lambda n: _is_costly(n) or _is_random(n),
-        hint=hint,
-    )
 
 
 def _worth_pinning(backward: Graph, z: Node, free: Collection[int]) -> bool:

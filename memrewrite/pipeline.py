@@ -32,7 +32,9 @@ def run(gm: GraphModule, passes: Sequence[Pass]) -> list[Step]:
         return []
     before = copy_graph(gm.graph)
     try:
-        return [_run_one(gm, one) for one in passes]
+        steps = [_run_one(gm, one) for one in passes]
+        gm.recompile()
+        return steps
     except Exception:
         gm.graph = before
         raise
@@ -44,7 +46,6 @@ def _run_one(gm: GraphModule, one: Pass) -> Step:
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     _check(gm.graph, old, outputs, one)
-    gm.recompile()
     new = {n.name for n in gm.graph.nodes}
     elapsed = time.perf_counter() - start
     return Step(one.name, one.exact, elapsed, len(new - old), len(old - new))
