@@ -15,7 +15,8 @@ the freed operations as the budget in place of a memory target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from torch.fx import Node
@@ -49,7 +50,10 @@ def choose_reruns(
     is_costly: Callable[[Node], bool],
     hint: Callable[[Any], int],
 ) -> list[Node]:
-    """Kept matmul outputs to rerun, cheapest per byte first, within `budget` operations."""
+    """Kept matmul outputs to rerun, cheapest per byte first, within `budget` operations.
+
+    A linear is rerun in all layers of its kind or in none.
+    """
     names = {node.name for node in kept.storages}
     chosen: list[Node] = []
     offers = [
@@ -59,13 +63,30 @@ def choose_reruns(
         and "recompute" not in node.meta
         and all(_rebuildable(n, names, is_free, is_costly) for n in node.all_input_nodes)
     ]
-    offers.sort(key=lambda n: hint(operations(n)) / max(hint(tensor_bytes(n)), 1))
+    size = {node: max(hint(tensor_bytes(node)), 1) for node in offers}
+    offers.sort(key=lambda n: (hint(operations(n)) / size[n], -size[n]))
+    roles: dict[Hashable, list[Node]] = {}
     for node in offers:
-        cost = hint(operations(node))
+        roles.setdefault(_role(node), []).append(node)
+    for nodes in roles.values():
+        cost = sum(hint(operations(node)) for node in nodes)
         if cost <= budget:
             budget -= cost
-            chosen.append(node)
+            chosen += nodes
     return chosen
+
+
+def _role(node: Node) -> Hashable:
+    """The same for the same linear of every layer.
+
+    Layers are treated alike, all or none: layers that differ share no generated kernels,
+    and compile time would grow with the number of kinds.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = next(reversed(stack.values()))[0]
+    return re.sub(r"\d+", "*", str(path)), str(node.meta["val"].shape)
 
 
 def _rebuildable(
