@@ -275,7 +275,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small")
     for name, default in {"steps": 120, "batch": 8, "sequence": 128, "vocab": 4096}.items():
         parser.add_argument(f"--{name}", type=_positive, default=default)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=_device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -104,6 +104,18 @@ def test_reruns_stay_within_the_budget_and_rebuild_without_matmuls() -> None:
     assert rerun(graph, 10 * cost, costly=(aten.sin.default,)) == [deep.name]
 
 
+def test_a_linear_is_rerun_in_all_layers_or_in_none() -> None:
+    b = Builder()
+    w, x = b.place("w", 8, 8), b.place("x", 5, 8)
+    ys = [b.op(aten.mm.default, b.op(aten.sin.default, x), w) for _ in range(3)]
+    for layer, y in enumerate(ys):
+        y.meta["nn_module_stack"] = {"": (f"L['self'].layers.{layer}.up_proj", None)}
+    graph = b.returns(x, *ys)
+    cost = 3 * 2 * 5 * 8 * 8
+    assert rerun(graph, cost - 1) == []
+    assert rerun(graph, cost) == [y.name for y in ys]
+
+
 def test_an_explicit_checkpoint_policy_is_left_alone() -> None:
     graph, node = forward()
     assert rerun(graph, 1e9) == [node["y"].name]
