@@ -53,8 +53,10 @@ SIZES = {
     "small": (256, 704, 4, 4),
     "60m": (512, 1376, 8, 8),  # GaLore's LLaMA 60M
 }
-WARM_UP = 3  # steps that compile and fill caches: neither timed nor in the peak
+WARM_UP = 3  # steps that compile and fill caches: not timed
+PEAK = 3  # the last steps: their peak is read, and they are not timed
 VALIDATION_BATCHES = 8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 MB = 1e6
 
 
@@ -66,7 +68,7 @@ class Result:
     saved: int
     idle: int | None  # None: this platform does not tell
     peak: int | None
-    seconds: list[float]  # per step, the WARM_UP ones included
+    seconds: list[float]  # per step, the WARM_UP and PEAK ones included
     losses: list[float]
     validation: float
     report: str
@@ -90,7 +92,7 @@ def train(name: str, args: argparse.Namespace) -> Result:
     seconds: list[float] = []
     idle = None
     for step in _progress(name, args.steps, losses):
-        if step == min(WARM_UP, args.steps - 1):
+        if step == max(0, args.steps - PEAK):
             idle = _reset_peak(args.device)
         start = time.perf_counter()
         batch = next(data).to(args.device)  # (B, S)
@@ -136,7 +138,12 @@ def _reset_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        # From here on glibc gives freed blocks back at once, so resident memory is live
+        # memory. Not before: it would slow the steps that are timed.
+        libc.mallopt(M_MMAP_THRESHOLD, 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, 65536)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         return _resident("VmRSS")
     except OSError:  # no glibc, no /proc, or a sandbox that forbids the reset
@@ -184,15 +191,10 @@ def run_child(name: str, args: argparse.Namespace) -> Result:
     log = args.output / f"{name.replace(' ', '-')}.log"
     with tempfile.TemporaryDirectory() as scratch, log.open("w+") as stderr:
         result = Path(scratch, "result.json")
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")),  # cold, so comparable
-            # glibc gives freed blocks back at once, so resident memory is live memory.
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        }
+        cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor"))}  # so comparable
         command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
         command += ["--result", str(result)]
-        done = subprocess.run(command, env=environment, stderr=stderr)
+        done = subprocess.run(command, env=os.environ | cold, stderr=stderr)
         if done.returncode != 0:
             tail = "\n".join(log.read_text().splitlines()[-20:])
             sys.exit(f"{tail}\n{name!r} failed with exit status {done.returncode}; see {log}")
@@ -219,7 +221,7 @@ def _row(result: Result, base: Result) -> list[str]:
 
 
 def _quartiles(result: Result) -> list[float]:
-    steady = result.seconds[WARM_UP:] or result.seconds[-1:]
+    steady = result.seconds[WARM_UP:-PEAK] or result.seconds[-1:]
     return [float(q) for q in np.percentile(steady, (25, 50, 75))]
 
 
