@@ -110,7 +110,7 @@ def test_a_linear_is_rerun_in_all_layers_or_in_none() -> None:
     ys = [b.op(aten.mm.default, b.op(aten.sin.default, x), w) for _ in range(3)]
     for layer, y in enumerate(ys):
         y.meta["nn_module_stack"] = {"": (f"L['self'].layers.{layer}.up_proj", None)}
-    graph = b.returns(x, *ys)
+    graph = b.returns(ys[0], x, *ys)
     cost = 3 * 2 * 5 * 8 * 8
     assert rerun(graph, cost - 1) == []
     assert rerun(graph, cost) == [y.name for y in ys]
