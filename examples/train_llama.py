@@ -1,11 +1,13 @@
 """Train a small LLaMA on Python's standard library: torch.compile beside memrewrite.
 
 Each configuration trains in a fresh process, from the same weights, on the same batches, with
-the same stock AdamW; the one line that differs is in CONFIGURATIONS. Printed at the end: what
-autograd saved, the physical peak, time and loss. Written: <output>/loss.png and demo.json.
+the same stock fused AdamW; the one line that differs is in CONFIGURATIONS. Printed at the end:
+what autograd saved, the optimizer's state, the physical peak, time and loss. Written:
+<output>/loss.png and demo.json.
 
     python examples/train_llama.py
     python examples/train_llama.py --size 60m --device cuda --dtype bfloat16 --steps 1000
+    python examples/train_llama.py --configurations galore-torch "memrewrite galore"
 """
 
 from __future__ import annotations
@@ -39,15 +41,30 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import memrewrite
 
+RANK = 128
 CONFIGURATIONS: dict[str, Callable[[LlamaForCausalLM], object]] = {
     "torch.compile": lambda model: model.compile(),
+    "galore-torch": lambda model: model.compile(),  # and its own optimizer: see _optimizer
     "memrewrite exact": lambda model: memrewrite.compile(model),
-    "memrewrite velora auto": lambda model: memrewrite.compile(model, velora=True),
+    "memrewrite velora": lambda model: memrewrite.compile(model, velora=True),
     "memrewrite velora all": lambda model: memrewrite.compile(
         model, velora=memrewrite.VeLoRA(sites="all")
     ),
+    "memrewrite galore": lambda model: memrewrite.compile(model, galore_rank=RANK),
+    "memrewrite galore rotate": lambda model: memrewrite.compile(
+        model, galore=memrewrite.GaLore(RANK, moments="rotate")
+    ),
+    "memrewrite galore svd": lambda model: memrewrite.compile(
+        model, galore=memrewrite.GaLore(RANK, refresh="svd")
+    ),
+    "memrewrite velora + galore": lambda model: memrewrite.compile(
+        model, velora=True, galore_rank=RANK
+    ),
+    "memrewrite velora all + galore": lambda model: memrewrite.compile(
+        model, velora=memrewrite.VeLoRA(sites="all"), galore_rank=RANK
+    ),
 }
-DEFAULTS = ["torch.compile", "memrewrite velora auto", "memrewrite velora all"]
+DEFAULTS = ["torch.compile", "memrewrite velora + galore", "memrewrite velora all + galore"]
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = {
     "small": (256, 704, 4, 4),
@@ -66,6 +83,7 @@ class Result:
 
     name: str
     saved: int
+    state: int  # of the optimizer
     idle: int | None  # None: this platform does not tell
     peak: int | None
     seconds: list[float]  # per step, the WARM_UP and PEAK ones included
@@ -84,7 +102,7 @@ def train(name: str, args: argparse.Namespace) -> Result:
     ids, held_out = stdlib_ids(args.output, args.vocab)
     model = _model(args)
     CONFIGURATIONS[name](model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    optimizer = _optimizer(name, model, args.lr)
     # One cycle: a short warm-up, then a cosine.
     scheduler = OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
     data = batches(ids, args.batch, args.sequence, args.seed)
@@ -106,8 +124,35 @@ def train(name: str, args: argparse.Namespace) -> Result:
     peak = None if idle is None else _peak(args.device)
     saved = _saved_bytes(model, next(data).to(args.device))
     validation = _validation_loss(model, batches(held_out, args.batch, args.sequence, 0))
-    report = memrewrite.report(model).status if name.startswith("memrewrite") else ""
-    return Result(name, saved, idle, peak, seconds, losses, validation, report)
+    report = ""
+    if name.startswith("memrewrite"):
+        told = memrewrite.report(model)
+        report = f"{told.status}\n{told.optimizer_status}".strip()
+    state = _state_bytes(optimizer)
+    return Result(name, saved, state, idle, peak, seconds, losses, validation, report)
+
+
+def _optimizer(name: str, model: LlamaForCausalLM, lr: float) -> torch.optim.Optimizer:
+    if name != "galore-torch":
+        return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    from galore_torch import GaLoreAdamW  # the reference, on the weights that it projects
+
+    body = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    rest = [p for p in model.parameters() if all(p is not w for w in body)]
+    how = {"rank": RANK, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": rest}, {"params": body, **how}]
+    optimizer: torch.optim.Optimizer = GaLoreAdamW(
+        groups, lr=lr, weight_decay=0.01, eps=1e-8, no_deprecation_warning=True
+    )
+    return optimizer
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    total = 0
+    for state in optimizer.state.values():
+        held = [*state.values(), getattr(state.get("projector"), "ortho_matrix", None)]
+        total += sum(v.nbytes for v in held if isinstance(v, Tensor))
+    return total
 
 
 def _model(args: argparse.Namespace) -> LlamaForCausalLM:
@@ -202,7 +247,14 @@ def run_child(name: str, args: argparse.Namespace) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    header = ["", "saved MB", "peak above idle MB", "process peak MB", "step s (quartiles)"]
+    header = [
+        "",
+        "saved MB",
+        "optimizer state MB",
+        "peak above idle MB",
+        "process peak MB",
+        "step s (quartiles)",
+    ]
     header += ["first step s", "validation loss"]
     return tabulate([_row(r, results[0]) for r in results], header, disable_numparse=True)
 
@@ -212,6 +264,7 @@ def _row(result: Result, base: Result) -> list[str]:
     return [
         result.name,
         _ratio(result.saved / MB, base.saved / MB),
+        _ratio(result.state / MB, base.state / MB),
         _ratio(result.above_idle, base.above_idle),
         "n/a" if result.peak is None else f"{result.peak / MB:.0f}",
         f"{_ratio(median, _quartiles(base)[1], 3)} {low:.3f}..{high:.3f}",
@@ -268,7 +321,8 @@ def main() -> None:
         if result.report:
             print(f"{result.name}: {result.report}")
     print(f"\nRatios are to {results[0].name}. Times on shared CPUs are noisy: see the quartiles.")
-    print("VeLoRA's loss differs because its weight gradients are an approximation.")
+    print("VeLoRA's and GaLore's losses differ: their gradients and steps are approximations.")
+    print("The learning rate is the same for all; GaLore's steps are scaled by 0.25.")
     print(f"Written: {args.output / 'loss.png'}, {args.output / 'demo.json'}")
 
 

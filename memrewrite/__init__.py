@@ -6,6 +6,7 @@ from memrewrite.api import restore as restore
 from memrewrite.api import state_dict as state_dict
 from memrewrite.errors import MemrewriteWarning as MemrewriteWarning
 from memrewrite.errors import UnsupportedError as UnsupportedError
+from memrewrite.options import GaLore as GaLore
 from memrewrite.options import VeLoRA as VeLoRA
 from memrewrite.report import Report as Report
 from memrewrite.report import report as report

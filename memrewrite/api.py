@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from memrewrite import optimizer
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
-from memrewrite.options import VeLoRA, velora_options
+from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
 from memrewrite.plan import Plan
+from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select
 from memrewrite.state import Session, _sessions, session_of, warn, why_not
 from memrewrite.watch import watch
@@ -21,7 +24,8 @@ from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
 from passes.velora import compress_saved_inputs
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | Optimizer)
+N = TypeVar("N", bound=nn.Module)
 _serial = itertools.count()
 BACKENDS = ("inductor", "aot_eager")
 
@@ -42,28 +46,32 @@ def compile(
     *,
     velora: bool | VeLoRA = False,
     galore_rank: int | None = None,
-    galore: object | None = None,
+    galore: GaLore | None = None,
     **torch_compile_kwargs: Any,
 ) -> M:
     """Compile `model` in place so that training it needs less memory; returns `model`.
 
     The same nn.Module comes back: isinstance, state_dict keys and hooks are untouched,
     and the rest of the training loop stays as it is. Exact rewrites are always on;
-    `velora` adds the approximate ones of arXiv 2405.17991 (see `VeLoRA`).
+    `velora` adds the approximate ones of arXiv 2405.17991 (see `VeLoRA`), `galore_rank`
+    (short for `galore=GaLore(rank=...)`) those of arXiv 2403.03507 to the stock Adam or
+    AdamW that steps the model's parameters: it is rewritten at its first step.
     `mode=`, `options=`, `dynamic=`, `fullgraph=`, `disable=` act as in torch.compile;
     `backend=` is "inductor" or, to run the rewritten graphs without code generation,
-    "aot_eager". A second call with equal options does nothing.
+    "aot_eager". A second call with equal options does nothing. `compile(optimizer)`, for
+    an optimizer over a model compiled with GaLore, does early what its first step does.
 
     Raises TypeError for arguments of the wrong kind (a model that torch.compile has
     already wrapped among them), ValueError for values out of range, sites that match
     nothing or a second call with other options, and UnsupportedError for what this
     version cannot do. The model is left as it was.
     """
-    options = velora_options(velora)
-    if galore_rank is not None or galore is not None:
-        raise UnsupportedError("GaLore is not part of this version; leave galore_rank out")
+    if isinstance(model, Optimizer):
+        optimizer.attach(model)
+        return model
+    options, projection = velora_options(velora), galore_options(galore_rank, galore)
     _check_model(model)
-    request = {"velora": options, **torch_compile_kwargs}
+    request = {"velora": options, "galore": projection, **torch_compile_kwargs}
     known = _sessions.get(model)
     if known is not None and model._compiled_call_impl is not None:
         if known.request == request:
@@ -75,17 +83,20 @@ def compile(
     _check_untaken(model)
     if options is not None:
         _check_sites(model, options)
+    if projection is not None:
+        _check_projection(model, projection)
     call_kwargs = dict(torch_compile_kwargs)
     engine = _engine(call_kwargs)
-    session = Session(weakref.ref(model), options, engine, passes_for, request)
+    session = Session(weakref.ref(model), options, engine, passes_for, request, projection)
     compiled = torch.compile(_call_of(model), backend=session, **call_kwargs)
     model._compiled_call_impl = compiled
     _sessions[model] = session
     watch(session)
+    optimizer.install()
     return model
 
 
-def restore(model: M) -> M:
+def restore(model: N) -> N:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
     session_of(model)
     del _sessions[model]
@@ -174,3 +185,17 @@ def _check_sites(model: nn.Module, options: VeLoRA) -> None:
             f"velora compresses nothing: every selected layer stays exact ({name}: {reason}); "
             "select others with memrewrite.VeLoRA(sites=[...])"
         )
+
+
+def _check_projection(model: nn.Module, galore: GaLore) -> None:
+    selection = sites_of(model, galore)
+    if selection.projected:
+        return
+    candidate, reason = next(
+        (pair for pair in selection.plain if pair[1].startswith("too small")), selection.plain[0]
+    )
+    raise ValueError(
+        f"GaLore at rank {galore.rank} projects no weight of the model (for one, "
+        f"{candidate.name} {candidate.shape}: {reason}); choose a smaller rank, or select "
+        "others with memrewrite.GaLore(rank, sites=[...])"
+    )

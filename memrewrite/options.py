@@ -53,6 +53,78 @@ class VeLoRA:
         object.__setattr__(self, "sites", _checked_sites(self.sites))
 
 
+@dataclass(frozen=True)
+class GaLore:
+    """Keep Adam's state of a weight in a projection of rank r: arXiv 2403.03507.
+
+    rank: r; a weight whose projected state would be no smaller stays on plain Adam.
+    update_every: steps between refreshes of the projector (the paper's T).
+    scale: factor on the projected step (the paper's alpha).
+    side: which side of the (O, D) gradient is projected. "short" (the reference's "std")
+        keeps the least state; "long" ("reverse_std"), "left" (always O), "right" (always D).
+    refresh: "randomized", a range finder with power iteration, or "svd", exact and slower.
+    moments: what a refresh does to Adam's moments. "keep" (the reference's) reads the old
+        numbers in the new coordinates; "rotate" carries them over (LDAdam's
+        projection-aware update).
+    sites: "auto" (linear and Conv1D weights of the body: neither embeddings nor the output
+        head), "all" (every matrix and convolution), fnmatch patterns over module names,
+        or a callable (name, module) -> bool.
+    stagger: spread the refreshes of different weights over `update_every` steps, so that
+        no step carries them all. The first step always does.
+
+    Raises TypeError or ValueError for values outside these ranges.
+    """
+
+    rank: int
+    update_every: int = 200
+    scale: float = 0.25
+    side: Literal["short", "long", "left", "right"] = "short"
+    refresh: Literal["randomized", "svd"] = "randomized"
+    moments: Literal["keep", "rotate"] = "keep"
+    sites: Sites = "auto"
+    stagger: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int("rank", self.rank, at_least=1)
+        _check_int("update_every", self.update_every, at_least=1)
+        _check_finite("scale", self.scale)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, allowed))}"
+                )
+        if not isinstance(self.stagger, bool):
+            raise TypeError(f"stagger={self.stagger!r} is not True or False")
+        object.__setattr__(self, "sites", _checked_sites(self.sites))
+
+
+CHOICES = {
+    "side": ("short", "long", "left", "right"),
+    "refresh": ("randomized", "svd"),
+    "moments": ("keep", "rotate"),
+}
+
+
+def galore_options(galore_rank: object, galore: object) -> GaLore | None:
+    """What `compile(galore_rank=..., galore=...)` means.
+
+    Raises TypeError for values of another kind, ValueError where both are given and differ.
+    """
+    if galore is not None and not isinstance(galore, GaLore):
+        raise TypeError(
+            f"galore={galore!r} is a {type(galore).__name__}; pass memrewrite.GaLore(rank=128), "
+            "or galore_rank=128"
+        )
+    if galore_rank is None:
+        return galore
+    short = GaLore(rank=galore_rank)  # type: ignore[arg-type]
+    if galore is not None and galore.rank != short.rank:
+        raise ValueError(
+            f"galore_rank={galore_rank} and galore={galore} name two ranks; pass one of them"
+        )
+    return galore or short
+
+
 def velora_options(velora: object) -> VeLoRA | None:
     """What `compile(velora=...)` means. Raises TypeError for anything but bool or VeLoRA."""
     if isinstance(velora, VeLoRA):
@@ -77,7 +149,9 @@ def _checked_sites(sites: Any) -> Any:
     if not isinstance(sites, Sequence) or not all(isinstance(s, str) for s in sites):
         raise TypeError(f"sites={sites!r} is not 'auto', 'all', a list of patterns or a callable")
     if not sites:
-        raise ValueError("sites is empty; leave it out, or pass velora=False for no compression")
+        raise ValueError(
+            "sites is empty; leave it out, or pass velora=False (or no galore_rank) for none"
+        )
     return tuple(sites)
 
 

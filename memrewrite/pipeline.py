@@ -40,6 +40,11 @@ def run(gm: GraphModule, passes: Sequence[Pass]) -> list[Step]:
         raise
 
 
+def snapshot(gm: GraphModule) -> GraphModule:
+    """The graph as it is now, out of reach of later passes."""
+    return GraphModule(gm, copy_graph(gm.graph))
+
+
 def _run_one(gm: GraphModule, one: Pass) -> Step:
     start, old, outputs = time.perf_counter(), {n.name for n in gm.graph.nodes}, _outputs(gm.graph)
     one.rewrite(gm)
@@ -52,7 +57,7 @@ def _run_one(gm: GraphModule, one: Pass) -> Step:
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, Any] | None]:
-    returned: Any = graph.output_node().args[0]
+    returned: Any = graph.output_node().args[0] or ()
     return [
         (str(n.meta["val"].shape), n.meta["val"].dtype)  # as text: comparing would guard
         if isinstance(n, Node) and hasattr(n.meta.get("val"), "dtype")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 from torch import nn
 
+from memrewrite.optimizer_report import OptimizerRow, optimizer_rows, table
 from memrewrite.record import GraphRecord, InputRecord
 from memrewrite.sites import Candidate, candidates
 from memrewrite.state import Binding, Session, session_of, why_not
@@ -46,11 +47,14 @@ class Report:
     sites: tuple[Row, ...]
     totals: dict[str, Any]
     status: str
+    optimizer: tuple[OptimizerRow, ...] = ()
+    optimizer_status: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """{"sites": [...], "optimizer": [...], "totals": {...}}"""
         sites = [{**asdict(row), "shape": list(row.shape)} for row in self.sites]
-        return {"sites": sites, "optimizer": [], "totals": dict(self.totals)}
+        optimizer = [{**asdict(row), "shape": list(row.shape)} for row in self.optimizer]
+        return {"sites": sites, "optimizer": optimizer, "totals": dict(self.totals)}
 
     def __str__(self) -> str:
         rows = [
@@ -65,8 +69,10 @@ class Report:
             for r in self.sites
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
-        table = tabulate(rows, header, tablefmt="simple", intfmt=",")
-        return f"{table}\n\n{self.status}"
+        text = f"{tabulate(rows, header, tablefmt='simple', intfmt=',')}\n\n{self.status}"
+        if self.optimizer:
+            text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
+        return text
 
 
 def report(model: nn.Module) -> Report:
@@ -77,21 +83,25 @@ def report(model: nn.Module) -> Report:
     is what torch.compile's default partition keeps of the same joint graph, taken before
     Inductor's own simplifications, which may save it a few constants more. An input that
     several weights share is counted at the first of them.
+    `optimizer` has one row per trained parameter where GaLore is on; the bytes of its
+    state are predicted until an optimizer has stepped.
     Raises ValueError for a model that memrewrite did not compile.
     """
     session = session_of(model)
+    projected, projected_status = optimizer_rows(session, model)
     found = candidates(model)
     bindings = [b for g in session.graphs for b in g.bindings.values()]
     graphs = [b for b in bindings if not b.variant.record.inference]
     if not graphs:
         status = INFERENCE_ONLY if session.graphs else NOTHING_YET
         rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
-        return Report(tuple(rows), _totals([]), status)
+        totals = _totals([]) | _state_totals(projected)
+        return Report(tuple(rows), totals, status, projected, projected_status)
     fates = _fates(graphs)
     chosen = session.selected(found)
     rows = list(_rows(session, found, chosen, fates))
-    totals = _totals(_latest(graphs))
-    return Report(tuple(rows), totals, _summary(totals, graphs))
+    totals = _totals(_latest(graphs)) | _state_totals(projected)
+    return Report(tuple(rows), totals, _summary(totals, graphs), projected, projected_status)
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,13 @@ def _totals(records: list[GraphRecord]) -> dict[str, Any]:
         "saved_bytes_after": sum(r.kept_after for r in records),
         "formula_before": " + ".join(r.formula_before for r in records),
         "formula_after": " + ".join(r.formula_after for r in records),
+    }
+
+
+def _state_totals(rows: tuple[OptimizerRow, ...]) -> dict[str, int]:
+    return {
+        "state_bytes_before": sum(row.bytes_before for row in rows),
+        "state_bytes_after": sum(row.bytes_after for row in rows),
     }
 
 

@@ -52,7 +52,7 @@ class Candidate:
     """A weight that feeds, or may feed, a matmul."""
 
     name: str
-    kind: Literal["linear", "conv1d", "raw", "stack"]
+    kind: Literal["linear", "conv1d", "raw", "stack", "embedding", "convolution"]
     module: nn.Module
     parameter: nn.Parameter
 
@@ -65,6 +65,11 @@ class Candidate:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
+
+    @property
+    def attribute(self) -> str:
+        """The parameter's name within its module."""
+        return self.name.rpartition(".")[2] if self.kind in ("raw", "stack") else "weight"
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -94,13 +99,19 @@ def select(found: list[Candidate], sites: Sites) -> set[str]:
     """The names that `sites` selects. Raises ValueError where it selects nothing."""
     if not found:
         raise ValueError("the model has no linear layer, so there is nothing to compress")
+    remedy = "memrewrite.VeLoRA(sites='all')"
+    if sites == "auto":
+        return _nonempty(_auto(found), "value or down projection by name or structure", remedy)
+    return choose(found, sites, remedy)
+
+
+def choose(found: list[Candidate], sites: Sites, remedy: str) -> set[str]:
+    """The names that "all", patterns or a callable select. Raises ValueError for none."""
     if sites == "all":
         return {c.name for c in found}
-    if sites == "auto":
-        return _nonempty(_auto(found), "value or down projection by name or structure")
     if callable(sites):
         chosen = {c.name for c in found if sites(c.name, c.module)}
-        return _nonempty(chosen, "site that the callable accepts")
+        return _nonempty(chosen, "site that the callable accepts", remedy)
     for pattern in sites:
         if not any(fnmatchcase(c.name, pattern) for c in found):
             raise ValueError(
@@ -110,11 +121,10 @@ def select(found: list[Candidate], sites: Sites) -> set[str]:
     return {c.name for c in found if any(fnmatchcase(c.name, p) for p in sites)}
 
 
-def _nonempty(chosen: set[str], what: str) -> set[str]:
+def _nonempty(chosen: set[str], what: str, remedy: str) -> set[str]:
     if not chosen:
         raise ValueError(
-            f"found no {what}; pass memrewrite.VeLoRA(sites='all') or a list of patterns "
-            "such as sites=['*.fc2']"
+            f"found no {what}; pass {remedy} or a list of patterns such as sites=['*.fc2']"
         )
     return chosen
 

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from memrewrite import calibrate
 from memrewrite.backend import Engine, Weight, capture
 from memrewrite.errors import MemrewriteWarning
-from memrewrite.options import VeLoRA
+from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor
 from memrewrite.record import GraphRecord
 from memrewrite.sites import Candidate, candidates, select
@@ -40,6 +40,7 @@ class Session:
     engine: Engine
     passes_for: PassesFor
     request: dict[str, Any]
+    galore: GaLore | None = None
     vectors: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)  # running means, not normalised
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
@@ -323,6 +324,11 @@ def session_of(model: nn.Module) -> Session:
             "either); call memrewrite.compile(model) first"
         )
     return session
+
+
+def live_sessions() -> list[Session]:
+    """The sessions of all models that are compiled now."""
+    return list(_sessions.values())
 
 
 def warn(message: str) -> None:

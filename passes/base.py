@@ -39,7 +39,8 @@ VIEWS = {
     aten.alias.default,
     aten.detach.default,
 }
-CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+CONVERT = torch.ops.prims.convert_element_type.default  # what Inductor fuses
+CASTS = {aten._to_copy.default, CONVERT}
 PROVENANCE = (
     "nn_module_stack",
     "fwd_nn_module_stack",
@@ -161,6 +162,26 @@ def call(like: Node, target: Any, *args: Any, shaped: Callable[..., Any] | None 
         node.meta["val"] = infer(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
     return node
+
+
+def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node right before another: for graphs in which the order of writes counts."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs)
+    values = [n.meta["val"] for n in node.all_input_nodes]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), nullcontext())
+    with mode, torch.no_grad():
+        read = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = target(*read[0], **read[1])
+    node.meta.update({key: before.meta[key] for key in PROVENANCE if key in before.meta})
+    return node
+
+
+def widened(before: Node, node: Node) -> Node:
+    """`node` in the dtype that torch's optimizers compute in: float32 at least."""
+    low = node.meta["val"].dtype in (torch.bfloat16, torch.float16)
+    return insert(before, CONVERT, node, torch.float32) if low else node
 
 
 def size(like: Node, node: Node, dim: int) -> int | Node:

@@ -2,6 +2,8 @@
 
     velora_compress(x, v)         pad? -> view (N, G, M) -> cast? -> mul v -> sum -> cast?
     velora_reconstruct(z, v, D)   cast? -> unsqueeze -> mul v -> cast? -> view -> (slice, clone)?
+    galore_project(g, P)          permute? -> mm
+    galore_project_back(z, P)     permute? -> mm
 
 Identity: the definitions in `passes.ops`, op by op; steps marked ? are left out where
 they do nothing. The node that holds z keeps its `velora_z` mark.
@@ -9,21 +11,18 @@ they do nothing. The node that holds z keeps its `velora_z` mark.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, aten, call, fixed, operand, size
-from passes.ops import velora_compress, velora_reconstruct
-
-convert = torch.ops.prims.convert_element_type.default
+from passes.base import CONVERT, Pass, aten, call, fixed, insert, operand, size
+from passes.ops import galore_project, galore_project_back, velora_compress, velora_reconstruct
 
 
 def lower_ir_ops() -> Pass:
     """Replace every memrewrite op by the aten ops that define it."""
 
     def rewrite(gm: GraphModule) -> None:
-        for op, lowered in ((velora_compress, _compress), (velora_reconstruct, _reconstruct)):
+        for op, lowered in LOWERED.items():
             for node in gm.graph.find_nodes(op="call_function", target=op):
                 replacement = lowered(node)
                 if "velora_z" in node.meta:
@@ -67,4 +66,26 @@ def _reconstruct(node: Node) -> Node:
 
 def _cast(like: Node, node: Node, target: Node) -> Node:
     dtype = target.meta["val"].dtype
-    return node if node.meta["val"].dtype == dtype else call(like, convert, node, dtype)
+    return node if node.meta["val"].dtype == dtype else call(like, CONVERT, node, dtype)
+
+
+def _project(node: Node) -> Node:
+    g, p, left = operand(node, 0), operand(node, 1), node.args[2]
+    if left:
+        return insert(node, aten.mm.default, insert(node, aten.permute.default, p, [1, 0]), g)
+    return insert(node, aten.mm.default, g, p)  # (O, r)
+
+
+def _project_back(node: Node) -> Node:
+    z, p, left = operand(node, 0), operand(node, 1), node.args[2]
+    if left:
+        return insert(node, aten.mm.default, p, z)  # (O, D)
+    return insert(node, aten.mm.default, z, insert(node, aten.permute.default, p, [1, 0]))
+
+
+LOWERED = {
+    velora_compress: _compress,
+    velora_reconstruct: _reconstruct,
+    galore_project: _project,
+    galore_project_back: _project_back,
+}

@@ -12,6 +12,14 @@ With unit v in R^M, G = ceil(D / M), and x padded with zeros up to G * M channel
 Both are linear maps, and each is the transpose of the other. Sums run in v's dtype
 (float32, or float64 for float64 inputs) and are rounded once to the input's dtype.
 Source: Miles et al. 2024, arXiv:2405.17991, algorithm 1; the zero padding is PEFT's.
+
+With P of r orthonormal columns, from the left or the right of an (O, D) gradient:
+
+    project(G, P)        P^T G  (O, D), (O, r) -> (r, D)     G P    (O, D), (D, r) -> (O, r)
+    project_back(Z, P)   P Z    (r, D), (O, r) -> (O, D)     Z P^T  (O, r), (D, r) -> (O, D)
+
+Each is the transpose of the other, and project(project_back(Z)) = Z.
+Source: Zhao et al. 2024, arXiv:2403.03507, equations 11 and 12 (one side at a time).
 """
 
 from __future__ import annotations
@@ -44,16 +52,32 @@ def _reconstruct_shape(z: Tensor, v: Tensor, features: int) -> Tensor:
     return z.new_empty(z.shape[0], features)  # (N, D)
 
 
+def project(g: Tensor, p: Tensor, left: bool) -> Tensor:
+    """A gradient in P's coordinates."""
+    return p.t() @ g if left else g @ p
+
+
+def project_back(z: Tensor, p: Tensor, left: bool) -> Tensor:
+    """What those coordinates stand for, (O, D)."""
+    return p @ z if left else z @ p.t()
+
+
 _Library: Any = torch.library.Library
 _library = _Library("memrewrite", "DEF")
 _library.define("velora_compress(Tensor x, Tensor v) -> Tensor")
 _library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tensor")
+_library.define("galore_project(Tensor g, Tensor p, bool left) -> Tensor")
+_library.define("galore_project_back(Tensor z, Tensor p, bool left) -> Tensor")
 for _name, _kernel, _shape in (
     ("velora_compress", compress, _compress_shape),
     ("velora_reconstruct", reconstruct, _reconstruct_shape),
+    ("galore_project", project, project),
+    ("galore_project_back", project_back, project_back),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memrewrite::{_name}", _shape, lib=_library)
 
 velora_compress = torch.ops.memrewrite.velora_compress.default
 velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default
+galore_project = torch.ops.memrewrite.galore_project.default
+galore_project_back = torch.ops.memrewrite.galore_project_back.default

@@ -71,7 +71,8 @@ def show(gm: GraphModule) -> str:
     """One line a node: name, shape, operation and operands."""
     lines = []
     for node in gm.graph.nodes:
-        operands = ", ".join(str(a) for a in node.args)
+        named = [f"{key}={value}" for key, value in node.kwargs.items() if value is not None]
+        operands = ", ".join([*map(str, node.args), *named])
         if node.op == "output":
             lines.append(f"return {operands}")
         elif node.op != "placeholder":

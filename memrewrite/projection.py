@@ -1,0 +1,159 @@
+"""Which weights GaLore projects, from which side, and why the others stay on plain Adam.
+
+"auto" takes the linear and Conv1D weights of the model's body. Embeddings (and what is
+tied to one) and the output head are left out, as in the reference; the head is what
+`get_output_embeddings()` returns, or goes by these names:
+
+    lm_head embed_out output_projection classifier score qa_outputs head,
+    predictions.decoder, seq_relationship, and at the top level fc and output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from memrewrite.options import GaLore
+from memrewrite.sites import Candidate, choose
+
+LAST = ("lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "head")
+HEADS = (*LAST, *(f"*.{n}" for n in LAST), "*.predictions.decoder", "*.seq_relationship")
+TOP_LEVEL_HEADS = ("fc", "output")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A projected weight."""
+
+    candidate: Candidate
+    rank: int
+    left: bool  # P is (O, r); else (D, r)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Every weight of a model: the projected ones, and why each other one is not."""
+
+    projected: list[Site]
+    plain: list[tuple[Candidate, str]]
+
+
+def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selection:
+    """Apply `galore.sites` to a model. Raises ValueError where it selects nothing.
+
+    frozen=True also projects weights that are not trained now but may be later.
+    """
+    found = list(_weights(model))
+    if not found:
+        raise ValueError("the model has no matrix or convolution for GaLore to project")
+    if galore.sites == "auto":
+        chosen = {c.name for c in found if _why_not_body(c, model) is None}
+        if not chosen:
+            raise ValueError(
+                "the model has no linear layer in its body for GaLore to project; select "
+                "weights with memrewrite.GaLore(rank, sites='all') or a list of patterns"
+            )
+    else:
+        chosen = choose(found, galore.sites, "memrewrite.GaLore(rank, sites='all')")
+    projected, plain = [], []
+    for candidate in found:
+        left = _left(candidate.shape, galore.side)
+        rank = min(galore.rank, *_matrix(candidate.shape))
+        reason = _why_plain(candidate, galore, left, rank)
+        if reason is None and not (frozen or candidate.parameter.requires_grad):
+            reason = "not trained"
+        if candidate.name not in chosen:
+            reason = _why_not_body(candidate, model) if galore.sites == "auto" else None
+            reason = reason or "not selected by sites"
+        if reason is None:
+            projected.append(Site(candidate, rank, left))
+        else:
+            plain.append((candidate, reason))
+    return Selection(projected, plain)
+
+
+def projected_numbers(shape: tuple[int, ...], rank: int, left: bool, moments: int = 2) -> int:
+    """State elements of a projected weight: the moments, (r, D) or (O, r) each, and P."""
+    rows, columns = _matrix(shape)
+    side, other = (rows, columns) if left else (columns, rows)
+    return moments * rank * other + rank * side
+
+
+def _weights(model: nn.Module) -> Iterator[Candidate]:
+    """Each parameter of two dimensions or more once, under its first name."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield _candidate(path or type(module).__name__, module, name, parameter)
+
+
+def _candidate(path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> Candidate:
+    if name == "weight":
+        if isinstance(module, nn.Linear):
+            return Candidate(path, "linear", module, parameter)
+        if type(module).__name__ == "Conv1D":
+            return Candidate(path, "conv1d", module, parameter)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return Candidate(path, "embedding", module, parameter)
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+            return Candidate(path, "convolution", module, parameter)
+    if parameter.ndim == 2:
+        return Candidate(f"{path}.{name}", "raw", module, parameter)
+    return Candidate(f"{path}.{name}", "stack", module, parameter)
+
+
+def _why_not_body(candidate: Candidate, model: nn.Module) -> str | None:
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    if any(candidate.parameter is m.weight for m in embeddings):
+        return "an embedding (or tied to one)"
+    if _is_head(candidate, model):
+        return "the output head"
+    attention = isinstance(candidate.module, nn.MultiheadAttention)
+    if candidate.kind in ("linear", "conv1d") or (candidate.kind == "raw" and attention):
+        return None
+    return f"not a linear layer's weight (sites='auto'): {candidate.kind}"
+
+
+def _is_head(candidate: Candidate, model: nn.Module) -> bool:
+    known = getattr(model, "get_output_embeddings", None)
+    if callable(known):
+        try:
+            head = known()
+        except NotImplementedError:
+            head = None
+        if head is not None and head is candidate.module:
+            return True
+    name = candidate.name
+    return name in TOP_LEVEL_HEADS or any(fnmatchcase(name, pattern) for pattern in HEADS)
+
+
+def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> str | None:
+    """The reason why a selected weight keeps its full-size state."""
+    parameter = candidate.parameter
+    if not parameter.dtype.is_floating_point:
+        return f"{parameter.dtype} weights are not projected"
+    if type(parameter) not in (nn.Parameter, torch.Tensor):
+        return f"a {type(parameter).__name__}: only plain tensors are projected"
+    if candidate.kind == "stack":
+        return "a stack of matrices: only matrices and convolutions are projected"
+    if projected_numbers(candidate.shape, rank, left) >= 2 * parameter.numel():
+        return f"too small for rank {galore.rank}: its projected state would be no smaller"
+    return None
+
+
+def _left(shape: tuple[int, ...], side: str) -> bool:
+    rows, columns = _matrix(shape)
+    return {"short": rows < columns, "long": rows >= columns, "left": True, "right": False}[side]
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A weight as (O, D): what lies behind the first dimension is one."""
+    return shape[0], torch.Size(shape[1:]).numel()

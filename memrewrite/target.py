@@ -1,0 +1,128 @@
+"""One projected parameter of one optimizer: its kind, its state, its refreshes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memrewrite import projector
+from memrewrite.errors import UnsupportedError
+from memrewrite.options import GaLore
+from memrewrite.projection import Site
+from memrewrite.state import Session
+from memrewrite.update import Kind
+
+
+@dataclass
+class Target:
+    """One projected parameter of one optimizer, and what its refreshes have shown."""
+
+    site: Site
+    session: Session
+    galore: GaLore
+    offset: int  # steps by which its refreshes are early: 0 unless staggered
+    refreshed: int | None = None  # the step, from 1, whose gradient gave P
+    energy: float | None = None  # |P^T G|^2 / |G|^2 of that gradient
+    failures: int = 0
+    retry: bool = False
+    known: Kind | None = None  # the last one that `kind` made, and of which flags
+    flags: tuple[Any, ...] = ()
+    checked: Tensor | None = None  # the exp_avg whose state was found to be in order
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.site.candidate.parameter
+
+    @property
+    def name(self) -> str:
+        return self.site.candidate.name
+
+    def kind(self, group: dict[str, Any]) -> Kind:
+        p = self.parameter
+        decays = group["weight_decay"] != 0
+        how = group["amsgrad"], group["maximize"], decays, group["decoupled_weight_decay"]
+        flags = (p.dtype, p.device, *how)
+        if self.known is None or flags != self.flags:
+            site = self.site
+            shape, scale = tuple(p.shape), self.galore.scale
+            self.known = Kind(shape, p.dtype, p.device, site.rank, site.left, scale, *how)
+            self.flags, self.checked = flags, None
+        return self.known
+
+
+def check_target(target: Target) -> None:
+    """Raise UnsupportedError for a parameter that cannot be updated as it is now."""
+    candidate = target.site.candidate
+    if candidate.module._parameters.get(candidate.attribute) is not candidate.parameter:
+        raise UnsupportedError(
+            f"{candidate.name} {candidate.shape} was replaced by another parameter while its "
+            "optimizer still updates the old one: build a new optimizer over the model's "
+            "parameters"
+        )
+    grad = candidate.parameter.grad
+    if grad is not None and grad.is_sparse:
+        raise UnsupportedError(
+            f"{candidate.name} {candidate.shape} has a sparse gradient, which neither Adam nor "
+            "GaLore takes: make its layer sparse=False"
+        )
+
+
+def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
+    """Raise ValueError for state that another configuration has left."""
+    found = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
+    if "projector" not in found:
+        raise ValueError(
+            f"the optimizer's state of {target.name} {kind.shape} is full-size Adam state "
+            f"{found}, but GaLore projects it to rank {kind.rank}: load a checkpoint of a "
+            "projected run, start with a new optimizer, or compile without galore_rank"
+        )
+    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
+    expected = dict.fromkeys(moments, kind.state_shape)
+    expected["projector"] = (kind.side, kind.rank)
+    if found != expected:
+        raise ValueError(
+            f"the optimizer's state of {target.name} {kind.shape} has shapes {found}, but rank "
+            f"{kind.rank} needs {expected}: compile with the galore options (and amsgrad) of "
+            "the run that saved it, or start with a new optimizer"
+        )
+
+
+def refresh_if_due(
+    target: Target, kind: Kind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
+) -> str | None:
+    """Make the state at the first step; a new P where one is due. A reason where that failed."""
+    if not state:
+        _initialise(state, kind, grad, group["capturable"])
+        old, done = None, 0
+    else:
+        if state["step"].device.type != "cpu" and not group["capturable"]:
+            state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
+        old, done = state["projector"], int(state["step"])
+        due = (done + target.offset) % target.galore.update_every == 0
+        if not due and not target.retry:
+            return None
+    galore = target.galore
+    new = projector.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
+    target.retry = isinstance(new, str)
+    if isinstance(new, str):
+        target.failures += 1
+        return f"at step {done + 1}: {new}"
+    if galore.moments == "rotate" and old is not None and done:
+        beta1, beta2 = group["betas"]
+        bias1, bias2 = 1 - beta1**done, 1 - beta2**done
+        projector.rotate_moments(state, new.projector, old, kind.left, bias1, bias2)
+    state["projector"] = new.projector
+    target.refreshed, target.energy = done + 1, new.energy
+    return None
+
+
+def _initialise(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> None:
+    device = grad.device if capturable else torch.device("cpu")
+    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
+    for name in moments:
+        state[name] = torch.zeros(kind.state_shape, dtype=kind.dtype, device=kind.device)
+    state["projector"] = projector.first_columns(grad, kind.rank, kind.left)

@@ -1,0 +1,168 @@
+"""One parameter's Adam update: captured from torch's own, rewritten, compiled once per kind.
+
+The graph is traced through `torch.optim.adam.adam(..., fused=True)` on fake full-size
+tensors, so its semantics are torch's and no full-size state exists. Every parameter of
+one shape, dtype and flag set shares one compiled update: compile time does not grow with
+depth. Learning rate, betas, eps, decay and step are tensors: no scheduler recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.optim.adam import adam
+
+from memrewrite import pipeline
+from memrewrite.backend import Engine, compile_update, trace
+from passes.accumulate import accumulate_in_place
+from passes.adam import HYPERPARAMETERS, hyperparameters_as_inputs, lower_fused_adam
+from passes.base import Pass
+from passes.galore import Projection, project_updates
+from passes.lower import lower_ir_ops
+from passes.pieces import Pieces, cut
+
+W, G, M, V = range(4)  # argument positions; then amsgrad's maximum, step, P
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All that distinguishes one compiled update from another."""
+
+    shape: tuple[int, ...]  # of W
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    left: bool
+    scale: float
+    amsgrad: bool
+    maximize: bool
+    decays: bool  # weight decay other than zero
+    decoupled: bool
+
+    @property
+    def side(self) -> int:
+        """Rows of P: the length of the projected side."""
+        rows = self.shape[0]
+        return rows if self.left else _columns(self.shape)
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """Of m and v."""
+        rows, columns = self.shape[0], _columns(self.shape)
+        return (self.rank, columns) if self.left else (rows, self.rank)
+
+
+def _columns(shape: Sequence[int]) -> int:
+    return torch.Size(shape[1:]).numel()
+
+
+@dataclass(frozen=True)
+class Update:
+    """A compiled update and the graphs it came from.
+
+    Called with W (O, D, ...), its gradient, m, v, (the maximum,) P and step, and the
+    hyperparameters of `passes.adam` in order, 0-d float64 each. Writes W, m, v and step.
+    """
+
+    kind: Kind
+    captured: GraphModule
+    projected: GraphModule
+    steps: tuple[pipeline.Step, ...]
+    pieces: Pieces
+    body: Callable[..., Any]  # pieces.body, compiled
+
+    def __call__(
+        self, tensors: Sequence[Tensor], projector: Tensor, step: Tensor, hyper: Sequence[Tensor]
+    ) -> None:
+        pieces, inputs = self.pieces, (*tensors, projector)
+        numbers = pieces.scalars(step, *hyper)
+        produced = self.body(*inputs, *(numbers[i] for i in pieces.body_reads))
+        pieces.writes(
+            *(inputs[i] for i in pieces.write_inputs),
+            *produced,
+            *(numbers[i] for i in pieces.write_reads),
+        )
+
+
+def build(kind: Kind, engine: Engine) -> Update:
+    """Capture, rewrite, lower and compile the update of one kind of parameter."""
+    gm = capture(kind)
+    captured = pipeline.snapshot(gm)
+    projector = _add_projector(gm, kind)
+    projection = Projection(projector, kind.left, kind.scale)
+    steps = pipeline.run(gm, [hyperparameters_as_inputs(), project_updates({W: projection})])
+    projected = pipeline.snapshot(gm)
+    steps += pipeline.run(gm, LOWERING)
+    dtype = torch.float64 if kind.dtype == torch.float64 else torch.float32
+    pieces = cut(gm, dtype)
+    body = compile_update(pieces.body, engine)
+    return Update(kind, captured, projected, tuple(steps), pieces, body)
+
+
+LOWERING: list[Pass] = [lower_fused_adam(), lower_ir_ops(), accumulate_in_place()]
+
+
+def capture(kind: Kind) -> GraphModule:
+    """torch's fused update of one parameter, (W, G, m, v[, maximum], step), on fake tensors."""
+    count = 5 if kind.amsgrad else 4
+    example = [torch.empty(kind.shape, dtype=kind.dtype, device="meta") for _ in range(count)]
+    step = torch.empty((), device="meta")
+    return trace(adam_update(kind), [*example, step])
+
+
+def adam_update(kind: Kind) -> Callable[..., Any]:
+    """torch's own update of one parameter as a function of tensors alone."""
+
+    def update(*tensors: Tensor) -> tuple[()]:
+        param, grad, exp_avg, exp_avg_sq, *largest, step = tensors
+        adam(
+            [param],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            largest,
+            [step],
+            fused=True,
+            amsgrad=kind.amsgrad,
+            maximize=kind.maximize,
+            weight_decay=0.01 if kind.decays else 0.0,
+            decoupled_weight_decay=kind.decoupled,
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+        )
+        return ()
+
+    return update
+
+
+def _add_projector(gm: GraphModule, kind: Kind) -> int:
+    """P (side, r) as one more argument, behind step."""
+    places = gm.graph.find_nodes(op="placeholder")
+    example: Any = places[W].meta["val"]
+    with gm.graph.inserting_after(places[-1]):
+        node = gm.graph.placeholder("projector")
+    with example.fake_mode:
+        node.meta["val"] = example.new_empty(kind.side, kind.rank)
+    node.meta["argument"] = len(places)
+    return len(places)
+
+
+def hyperparameters(group: dict[str, Any], decays: bool) -> list[Tensor]:
+    """A parameter group's numbers in the order that `Update` takes them."""
+    beta1, beta2 = group["betas"]
+    values = {**group, "beta1": beta1, "beta2": beta2}
+    names = [n for n in HYPERPARAMETERS if decays or n != "weight_decay"]
+    return [_scalar(values[name]) for name in names]
+
+
+def _scalar(value: float | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64).reshape(())
+    return torch.tensor(value, dtype=torch.float64)
