@@ -143,12 +143,9 @@ def _targets(
             gap = session.galore.update_every
             offset = gap * index // len(sites) if session.galore.stagger else 0
             wanted[id(site.candidate.parameter)] = Target(site, session, session.galore, offset)
-    targets = {id(p): wanted[id(p)] for p in members if id(p) in wanted}
-    for key, target in targets.items():
-        old = known.get(key)
-        if old is not None and old.session is target.session:
-            targets[key] = old
-    return targets
+    alive = {id(session) for session in sessions}
+    kept = {key: target for key, target in known.items() if id(target.session) in alive}
+    return {id(p): t for p in members if (t := kept.get(id(p)) or wanted.get(id(p))) is not None}
 
 
 def _check_optimizer(optimizer: Optimizer, name: str) -> None:
@@ -218,23 +215,33 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if found_inf is not None and bool(found_inf.item()):
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    hyper: dict[tuple[int, bool], list[Tensor]] = {}
+    shared: dict[Any, tuple[Any, ...]] = {}
     for target, group, grad in pending:
-        kind = target.kind(group)
         if grad_scale is not None:
             grad.div_(grad_scale.to(grad.device))
-        key = (id(group), kind.decays)
-        if key not in hyper:
-            hyper[key] = hyperparameters(group, kind.decays)
-        state = optimizer.state[target.parameter]
+        kind, state = target.kind(group), optimizer.state[target.parameter]
         failure = refresh_if_due(target, kind, state, grad, group)
         if failure is not None:
             _warn_once(attachment, target, failure)
-        tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
-        if kind.amsgrad:
-            tensors.append(state["max_exp_avg_sq"])
         update = _update_of(kind, target.session)
-        update(tensors, state["projector"], state["step"], hyper[key])
+        tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
+        tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
+        numbers = _numbers(update, state["step"], group, shared)
+        update.apply([*tensors, state["projector"]], numbers)
+
+
+def _numbers(
+    update: Update, step: Tensor, group: dict[str, Any], shared: dict[Any, tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """Count a step; the scalars of its update, the same for all weights of a kind and group."""
+    if step.device.type != "cpu":  # reading it would wait for the device
+        return update.numbers(step, hyperparameters(group, update.kind.decays))
+    key = (update.kind, id(group), float(step))
+    if key in shared:
+        step += 1
+    else:
+        shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
+    return shared[key]
 
 
 def _update_of(kind: Kind, session: Session) -> Update:

@@ -65,8 +65,9 @@ def _columns(shape: Sequence[int]) -> int:
 class Update:
     """A compiled update and the graphs it came from.
 
-    Called with W (O, D, ...), its gradient, m, v, (the maximum,) P and step, and the
-    hyperparameters of `passes.adam` in order, 0-d float64 each. Writes W, m, v and step.
+    numbers(step, hyperparameters) counts the step and returns the scalars of the update;
+    apply(tensors, numbers) writes W, m and v, given W (O, D, ...), its gradient, m, v,
+    (the maximum,) and P. Hyperparameters are those of `passes.adam`, 0-d float64 each.
     """
 
     kind: Kind
@@ -76,14 +77,15 @@ class Update:
     pieces: Pieces
     body: Callable[..., Any]  # pieces.body, compiled
 
-    def __call__(
-        self, tensors: Sequence[Tensor], projector: Tensor, step: Tensor, hyper: Sequence[Tensor]
-    ) -> None:
-        pieces, inputs = self.pieces, (*tensors, projector)
-        numbers = pieces.scalars(step, *hyper)
-        produced = self.body(*inputs, *(numbers[i] for i in pieces.body_reads))
+    def numbers(self, step: Tensor, hyper: Sequence[Tensor]) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = self.pieces.scalars(step, *hyper)
+        return found
+
+    def apply(self, tensors: Sequence[Tensor], numbers: Sequence[Any]) -> None:
+        pieces = self.pieces
+        produced = self.body(*tensors, *(numbers[i] for i in pieces.body_reads))
         pieces.writes(
-            *(inputs[i] for i in pieces.write_inputs),
+            *(tensors[i] for i in pieces.write_inputs),
             *produced,
             *(numbers[i] for i in pieces.write_reads),
         )

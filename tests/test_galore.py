@@ -197,7 +197,7 @@ def trained(kind: Kind, w: Tensor, grads: list[Tensor], every: int, case: dict[s
             assert isinstance(new, projector.Refreshed)
             p = new.projector
         assert p is not None
-        update([w, g, *state], p, step, hyper)
+        update.apply([w, g, *state, p], update.numbers(step, hyper))
     assert float(step) == len(grads)
     return w
 
@@ -215,7 +215,7 @@ def test_at_full_rank_and_scale_one_sgd_like_coordinates_are_adam_rotated() -> N
     update = build(kind, EAGER)
     for _ in range(5):
         optimizer.step()
-        update([w, g, *state], p, step, hyper)
+        update.apply([w, g, *state, p], update.numbers(step, hyper))
     torch.testing.assert_close(w, stock.detach(), rtol=1e-12, atol=1e-12)
 
 

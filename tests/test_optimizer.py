@@ -618,6 +618,7 @@ def test_a_replaced_parameter_is_refused_by_name() -> None:
     optimizer = AdamW(model.parameters())
     fit(model, optimizer, range(1))
     model.mix.weight = nn.Parameter(model.mix.weight.detach().clone())
+    other = net()  # noqa: F841  (whoever comes and goes)
     gradients(model, 1)
     with pytest.raises(UnsupportedError, match=r"mix \(16, 16\) was replaced"):
         optimizer.step()
