@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule
 
 import passes
+from memrewrite.errors import MemrewriteWarning
 from memrewrite.partition import Compile, Halves, divide, rewrite
 from memrewrite.plan import PassesFor, Plan
 from memrewrite.record import GraphRecord
@@ -338,5 +340,20 @@ def compile_update(gm: GraphModule, engine: Engine) -> Callable[..., Any]:
     """The engine's code for a graph that writes its inputs, specialised to their shapes."""
     if engine.backend == "aot_eager":
         return gm
-    compiled: Any = torch.compile(gm, fullgraph=True, dynamic=False)
-    return compiled  # type: ignore[no-any-return]
+    from torch._dynamo.exc import TorchDynamoException
+
+    current: list[Callable[..., Any]] = [torch.compile(gm, fullgraph=True, dynamic=False)]
+
+    def run(*tensors: Tensor) -> Any:
+        try:
+            return current[0](*tensors)
+        except TorchDynamoException as error:  # before anything ran, so nothing was written
+            current[0] = gm
+            warnings.warn(
+                f"an optimizer update could not be compiled and runs op by op: {error}",
+                MemrewriteWarning,
+                stacklevel=2,
+            )
+            return gm(*tensors)
+
+    return run

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import memrewrite
-from memrewrite import VeLoRA
+from memrewrite import GaLore, MemrewriteWarning, VeLoRA
+from memrewrite.backend import Engine
 from memrewrite.state import session_of
+from memrewrite.update import Kind, build, hyperparameters
 
 pytestmark = pytest.mark.inductor
 VELORA = VeLoRA(subtoken_size=8, sites="all")
@@ -140,3 +142,71 @@ def test_the_report_is_right_on_a_warm_cache(tmp_path: Path) -> None:
         record.unlink()
     lost = run_script(tmp_path)  # the record is gone: compiled once more, report as before
     assert lost[1] == cold[1]
+
+
+def test_ten_steps_under_a_schedule_compile_once_and_follow_the_eager_update() -> None:
+    model, run = llama(layers=1)
+    other = copy.deepcopy(model)
+    optimizers, schedules = [], []
+    for one, backend in ((model, "inductor"), (other, "aot_eager")):
+        galore = GaLore(rank=4, update_every=4, refresh="svd")
+        memrewrite.compile(one, velora=True, galore=galore, backend=backend)
+        optimizers.append(torch.optim.AdamW(one.parameters(), lr=1e-3, fused=True))
+        schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], 10))
+    session_of(other).called = True  # it takes the other's gradients: Adam magnifies rounding
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for step in range(10):
+        run(model).backward()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step == 0:
+            first = graphs()
+    assert graphs() == first
+    for name, p in model.named_parameters():
+        q = other.get_parameter(name)
+        moved = (q - start[name]).detach().norm()
+        assert float((p - q).detach().norm()) <= 1e-4 * float(moved), name
+        assert set(optimizers[0].state[p]) == set(optimizers[1].state[q])
+    assert "projector" in optimizers[0].state[model.model.layers[0].self_attn.v_proj.weight]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, (6, 4)), (torch.bfloat16, (4, 6)), (torch.float32, (6, 4, 3))],
+)
+def test_a_compiled_update_is_the_update(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    kind = Kind(shape, dtype, torch.device("cpu"), 2, len(shape) == 2, 0.5, True, True, True, True)
+    results = []
+    for backend in ("inductor", "aot_eager"):
+        update = build(kind, Engine(backend, None, None, None))
+        torch.manual_seed(0)
+        w, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        state = [torch.zeros(kind.state_shape, dtype=dtype) for _ in range(3)]
+        p, step = torch.linalg.qr(torch.randn(kind.side, 2)).Q.to(dtype), torch.zeros(())
+        group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        for _ in range(3):
+            numbers = update.numbers(step, hyperparameters(group, decays=True))
+            update.apply([w, g, *state, p], numbers)
+        results.append((w, *state))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_update_that_does_not_compile_runs_op_by_op_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    kind = Kind((5, 3), torch.float32, torch.device("cpu"), 1, False, 1.0, *[False] * 4)
+    update = build(kind, Engine("inductor", None, None, None))
+    w, g, p = torch.zeros(5, 3), torch.ones(5, 3), torch.eye(3, 1)
+    state = [torch.zeros(5, 1) for _ in range(2)]
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    with pytest.warns(MemrewriteWarning, match="op by op"):
+        update.apply(
+            [w, g, *state, p], update.numbers(torch.zeros(()), hyperparameters(group, False))
+        )
+    torch.testing.assert_close(w[:, 0], torch.full((5,), -0.1))
