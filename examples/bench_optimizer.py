@@ -8,6 +8,8 @@ step        The optimizer's step alone, between refreshes, on one fixed gradient
 refresh     All projectors of the model from one gradient: galore-torch's SVD and ours, in turn,
             layer by layer; and the energy |P^T G|^2 / |G|^2 that each captures.
 state       Bytes of every tensor in optimizer.state, and what stock AdamW holds.
+shapes      State of the paper's LLaMAs by formula, from models on the meta device, as a share of
+            Adam's; no optimizer exists.
 first step  The optimizer's first step in a fresh process with cold caches, refresh and
             compilation included, for several depths.
 
@@ -179,6 +181,35 @@ def refreshes(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
+# --- the paper's shapes ------------------------------------------------------------------
+
+# hidden, intermediate, layers, rank; vocabulary 32000. Paper: table 2 (60M to 1B) and
+# section 5.3 (7B), optimizer state saved; 60M to 1B from its "GaLore" and "full" columns.
+PAPER = {
+    "60M": (512, 1376, 8, 128, 1 - 0.13 / 0.23),
+    "130M": (768, 2048, 12, 256, 1 - 0.28 / 0.51),
+    "350M": (1024, 2736, 24, 256, 1 - 0.54 / 1.37),
+    "1B": (2048, 5461, 24, 512, 1 - 1.78 / 5.20),
+    "7B": (4096, 11008, 32, 1024, 0.655),
+}
+
+
+def shapes() -> list[dict[str, Any]]:
+    rows = []
+    for name, (hidden, intermediate, layers, rank, saved) in PAPER.items():
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=hidden // 64, vocab_size=32000,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        memrewrite.compile(model, galore_rank=rank)
+        totals = memrewrite.report(model).totals
+        before, after = totals["state_bytes_before"], totals["state_bytes_after"]
+        rows.append({"shape": name, "rank": rank, "adam": before, "galore": after, "paper": saved})
+    return rows
+
+
 # --- first steps ------------------------------------------------------------------------
 
 
@@ -254,6 +285,19 @@ def report(record: dict[str, Any]) -> str:
             f"All {len(record['refreshes'])} layers: SVD {totals[0]:.2f} s, ours {totals[1]:.2f} s "
             f"({totals[1] / totals[0]:.3f} x)"
         )
+    lines = [
+        (
+            row["shape"],
+            str(row["rank"]),
+            f"{row['adam'] / 2**30:.2f}",
+            f"{row['galore'] / 2**30:.2f}",
+            f"{1 - row['galore'] / row['adam']:.1%}",
+            f"{row['paper']:.1%}",
+        )
+        for row in record["shapes"]
+    ]
+    header = ["LLaMA", "rank", "Adam GiB, bf16", "projected GiB", "saved", "paper"]
+    parts.append(tabulate(lines, header, tablefmt="github", disable_numparse=True))
     for depth, runs in record["first_steps"].items():
         cold = median(first - second for first, second in runs)
         parts.append(f"{depth} layers: first step {cold:.1f} s more than the second")
@@ -280,6 +324,7 @@ def main() -> None:
         },
         "steps": step_times(model, args),
         "refreshes": refreshes(model, args) if args.repeats else [],
+        "shapes": shapes(),
         "first_steps": first_steps(args) if args.depths else {},
     }
     print("\n" + report(record))
