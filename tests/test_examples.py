@@ -25,15 +25,17 @@ def example(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_demo(tmp_path: Path) -> None:
-    chosen = ("torch.compile", "memrewrite velora all")
+    chosen = ("torch.compile", "memrewrite velora all + galore")
     sizes = ("--steps", "6", "--batch", "2", "--sequence", "32", "--vocab", "300")
     done = example("train_llama.py", *sizes, "--output", str(tmp_path), "--configurations", *chosen)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     baseline, ours = json.loads((tmp_path / "demo.json").read_text())["results"]
     assert ours["saved"] < baseline["saved"]
+    assert ours["state"] < baseline["state"]
     assert len(ours["losses"]) == 6
     assert "saved for backward" in done.stdout
+    assert "optimizer state:" in done.stdout
 
 
 @pytest.mark.parametrize(

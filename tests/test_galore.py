@@ -345,3 +345,58 @@ def test_configuration_makes_equal_passes() -> None:
     assert project_updates({0: one}) == project_updates({0: one})
     assert project_updates({0: one}) != project_updates({0: other})
     assert copy_graph(capture(KIND).graph) is not None
+
+
+def writes(kind: Kind) -> list[str]:
+    gm, p = captured(kind)
+    projection = Projection(p, kind.left, kind.scale)
+    run(gm, [hyperparameters_as_inputs(), project_updates({0: projection})])
+    run(gm, [lower_fused_adam(), lower_ir_ops(), accumulate_in_place()])
+    before = show(gm)
+    run(gm, [accumulate_in_place()])
+    assert show(gm) == before
+    return [str(n.target) for n in gm.graph.nodes if "addmm_" in str(n.target)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("decays", [True, False])
+def test_matrices_are_accumulated_into(dtype: torch.dtype, left: bool, decays: bool) -> None:
+    assert writes(replace(KIND, dtype=dtype, left=left, decays=decays)) == ["aten.addmm_.default"]
+
+
+def test_weights_of_more_dimensions_are_not() -> None:
+    assert writes(replace(KIND, shape=(6, 4, 3))) == []
+
+
+def accumulated(update: Any, *shapes: tuple[int, ...]) -> bool:
+    gm = trace(lambda *t: (update(*t),), [torch.empty(s, device="meta") for s in shapes])
+    run(gm, [accumulate_in_place()])
+    return any("addmm_" in str(n.target) for n in gm.graph.nodes)
+
+
+def test_only_a_write_of_w_plus_a_matmul_into_w_itself_is_accumulated() -> None:
+    square = [(3, 3)] * 3
+    assert accumulated(lambda w, a, b: w.copy_(w + a @ b), *square)
+    assert not accumulated(lambda w, a, b: w.copy_(a + a @ b), *square)  # another W
+    assert not accumulated(lambda w, a, b: w.copy_(w + a * b), *square)  # no matmul
+    assert not accumulated(lambda w, a, b: w.copy_(w - a @ b), *square)  # no sum
+    assert not accumulated(lambda w, a, b: w.copy_(w.t() + a @ b), *square)  # not W as it is
+    assert not accumulated(lambda w, a, b: w + a @ b, *square)  # no write
+
+
+@given(st.sampled_from([1.0, 0.5]), st.booleans(), st.integers(1, 5), st.integers(1, 5))
+def test_accumulating_writes_what_was_written(
+    scale: float, decays: bool, rows: int, inner: int
+) -> None:
+    def update(w: Tensor, a: Tensor, b: Tensor) -> Any:
+        return (w.copy_(torch.add(w * 0.5 if decays else w, a @ b, alpha=scale)),)
+
+    tensors = [torch.randn(s, dtype=torch.float64) for s in ((rows, 4), (rows, inner), (inner, 4))]
+    gm = trace(update, tensors)
+    run(gm, [accumulate_in_place()])
+    ours, theirs = tensors[0].clone(), tensors[0].clone()
+    gm(ours, *tensors[1:])
+    update(theirs, *tensors[1:])
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+    assert any("addmm_" in str(n.target) for n in gm.graph.nodes)
