@@ -102,9 +102,10 @@ def train(name: str, args: argparse.Namespace) -> Result:
     ids, held_out = stdlib_ids(args.output, args.vocab)
     model = _model(args)
     CONFIGURATIONS[name](model)
-    optimizer = _optimizer(name, model, args.lr)
+    lr = args.galore_lr if "galore" in name else args.lr
+    optimizer = _optimizer(name, model, lr)
     # One cycle: a short warm-up, then a cosine.
-    scheduler = OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+    scheduler = OneCycleLR(optimizer, lr, args.steps, pct_start=0.1, cycle_momentum=False)
     data = batches(ids, args.batch, args.sequence, args.seed)
     losses: list[float] = []
     seconds: list[float] = []
@@ -322,7 +323,9 @@ def main() -> None:
             print(f"{result.name}: {result.report}")
     print(f"\nRatios are to {results[0].name}. Times on shared CPUs are noisy: see the quartiles.")
     print("VeLoRA's and GaLore's losses differ: their gradients and steps are approximations.")
-    print("The learning rate is the same for all; GaLore's steps are scaled by 0.25.")
+    print(
+        f"Learning rate: {args.lr}; with GaLore, whose steps are scaled by 0.25, {args.galore_lr}."
+    )
     print(f"Written: {args.output / 'loss.png'}, {args.output / 'demo.json'}")
 
 
@@ -332,6 +335,7 @@ def _arguments() -> argparse.Namespace:
     for name, default in {"steps": 120, "batch": 8, "sequence": 128, "vocab": 4096}.items():
         parser.add_argument(f"--{name}", type=_positive, default=default)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--galore-lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=_device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

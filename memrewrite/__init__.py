@@ -6,6 +6,8 @@ from memrewrite.api import restore as restore
 from memrewrite.api import state_dict as state_dict
 from memrewrite.errors import MemrewriteWarning as MemrewriteWarning
 from memrewrite.errors import UnsupportedError as UnsupportedError
+from memrewrite.memory import SavedTensor as SavedTensor
+from memrewrite.memory import saved_tensors as saved_tensors
 from memrewrite.options import GaLore as GaLore
 from memrewrite.options import VeLoRA as VeLoRA
 from memrewrite.report import Report as Report

@@ -17,8 +17,8 @@ from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select
-from memrewrite.state import Session, _sessions, session_of, warn, why_not
-from memrewrite.watch import watch
+from memrewrite.state import Session, _sessions, live_sessions, session_of, warn, why_not
+from memrewrite.watch import unwatch, watch
 from passes.base import Pass
 from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
@@ -98,7 +98,7 @@ def compile(
 
 def restore(model: N) -> N:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
-    session_of(model)
+    unwatch(session_of(model))
     del _sessions[model]
     model._compiled_call_impl = None
     return model
@@ -159,6 +159,13 @@ def _check_model(model: object) -> None:
 
 
 def _check_untaken(model: nn.Module) -> None:
+    for session in live_sessions():
+        whole = session.model()
+        if whole is not None and whole is not model and any(m is model for m in whole.modules()):
+            raise TypeError(
+                f"this {type(model).__name__} is part of a {type(whole).__name__} that is compiled "
+                "by memrewrite already; select parts of it with sites=, or restore it first"
+            )
     for name, module in model.named_modules():
         if module._compiled_call_impl is None:
             continue
@@ -194,8 +201,11 @@ def _check_projection(model: nn.Module, galore: GaLore) -> None:
     candidate, reason = next(
         (pair for pair in selection.plain if pair[1].startswith("too small")), selection.plain[0]
     )
+    remedy = "choose a smaller rank" if reason.startswith("too small") else "select others"
+    if any(reason == "not trained" for _, reason in selection.plain):
+        remedy = "unfreeze the weights first"
     raise ValueError(
         f"GaLore at rank {galore.rank} projects no weight of the model (for one, "
-        f"{candidate.name} {candidate.shape}: {reason}); choose a smaller rank, or select "
-        "others with memrewrite.GaLore(rank, sites=[...])"
+        f"{candidate.name} {candidate.shape}: {reason}); {remedy}, or name weights with "
+        "memrewrite.GaLore(rank, sites=[...])"
     )

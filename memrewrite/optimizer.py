@@ -1,21 +1,22 @@
 """GaLore in the user's own optimizer: attached at its first step, with no line of code.
 
-A stock `torch.optim.Adam` or `AdamW` steps as it always does. Around its step the
-gradients of the projected parameters are hidden (`.grad` is None, which every torch
-optimizer skips), and after it those parameters take their rewritten update. State lives
-in `optimizer.state[p]` as plain tensors:
+A stock `torch.optim.Adam` or `AdamW` steps as it always does, except that it does not see
+the gradients of the projected parameters while it collects its own; after it those
+parameters take their rewritten update. State lives in `optimizer.state[p]`:
 
     step ()   exp_avg, exp_avg_sq (r, D) or (O, r)   [max_exp_avg_sq]   projector (side, r)
 
-so `state_dict`, `load_state_dict` and `torch.load(weights_only=True)` know it already.
-Everything that can be refused is refused before anything is written.
+plain tensors, so `state_dict`, `load_state_dict` and `torch.load(weights_only=True)` know
+it already. Everything that can be refused is refused before anything is written, and an
+optimizer that has nothing to do with us is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,12 @@ from torch.optim import Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memrewrite.errors import UnsupportedError
-from memrewrite.projection import sites_of
+from memrewrite.projection import Selection, sites_of
 from memrewrite.state import Session, live_sessions, warn
 from memrewrite.target import Target, check_state, check_target, refresh_if_due
 from memrewrite.update import Kind, Update, build, hyperparameters
+
+PATIENCE = 20  # optimizer steps before a session that no optimizer serves is reported
 
 
 @dataclass
@@ -36,30 +39,15 @@ class Attachment:
     """What memrewrite does around the steps of one optimizer."""
 
     targets: dict[int, Target] = field(default_factory=dict)  # by id of the parameter
-    hidden: list[tuple[Target, dict[str, Any], Tensor]] = field(default_factory=list)
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
-    hooks: tuple[Any, Any] | None = None
+    post_hook: Any = None
     warned: bool = False
-
-    def hide(self, optimizer: Optimizer) -> None:
-        """Take the gradients of all targets out of the stock step's sight."""
-        for group, parameter in _members(optimizer):
-            target = self.targets.get(id(parameter))
-            if target is not None and parameter.grad is not None:
-                self.hidden.append((target, group, parameter.grad))
-        for target, _, _ in self.hidden:
-            target.parameter.grad = None
-
-    def reveal(self) -> list[tuple[Target, dict[str, Any], Tensor]]:
-        """Give hidden gradients back; one that was set since is newer and stays."""
-        hidden, self.hidden = self.hidden, []
-        for target, _, grad in hidden:
-            if target.parameter.grad is None:
-                target.parameter.grad = grad
-        return hidden
 
 
 _attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
+_selections: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Selection]] = (
+    weakref.WeakKeyDictionary()
+)
 _updates: dict[tuple[Kind, str], Update] = {}
 _installed: list[Any] = []
 
@@ -67,7 +55,8 @@ _installed: list[Any] = []
 def install() -> None:
     """Look at every optimizer step from now on. Idempotent."""
     if not _installed:
-        _installed.append(register_optimizer_step_pre_hook(_before_step))
+        hook: Any = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
+        _installed.append(register_optimizer_step_pre_hook(hook))
 
 
 def attach(optimizer: Optimizer) -> None:
@@ -97,7 +86,7 @@ def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
 def _attached(optimizer: Optimizer) -> Attachment:
     """The optimizer's attachment, made or brought up to date, and checked."""
     attachment = _attachments.setdefault(optimizer, Attachment())
-    sessions = live_sessions()
+    sessions = [session for session in live_sessions() if session.galore is not None]
     members = [parameter for _, parameter in _members(optimizer)]
     key = (*map(id, sessions), *map(id, members))
     if key != attachment.key:
@@ -105,22 +94,8 @@ def _attached(optimizer: Optimizer) -> Attachment:
         attachment.key = key
     if attachment.targets:
         _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
-    for group, parameter in _members(optimizer):
-        target = attachment.targets.get(id(parameter))
-        state = optimizer.state.get(parameter)
-        if target is not None:
-            check_target(target)
-            kind = target.kind(group)
-            if state and state.get("exp_avg") is not target.checked:
-                check_state(target, kind, state)
-                target.checked = state["exp_avg"]
-        elif state and isinstance(state.get("projector"), Tensor):
-            raise ValueError(
-                f"the optimizer holds projected state for a parameter of shape "
-                f"{tuple(parameter.shape)} (rank {state['projector'].shape[1]}) that is not "
-                "projected now: compile the model with the galore options of the run that "
-                "saved it, or start with a new optimizer"
-            )
+    if _is_adam(optimizer):
+        _check_members(optimizer, attachment)
     return attachment
 
 
@@ -133,27 +108,42 @@ def _members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Paramete
 def _targets(
     sessions: list[Session], members: list[nn.Parameter], known: dict[int, Target]
 ) -> dict[int, Target]:
-    wanted: dict[int, Target] = {}
-    for session in sessions:
-        model = session.model()
-        if session.galore is None or model is None:
-            continue
-        sites = sites_of(model, session.galore, frozen=True).projected
-        for index, site in enumerate(sites):
-            gap = session.galore.update_every
-            offset = gap * index // len(sites) if session.galore.stagger else 0
-            wanted[id(site.candidate.parameter)] = Target(site, session, session.galore, offset)
     alive = {id(session) for session in sessions}
-    kept = {key: target for key, target in known.items() if id(target.session) in alive}
-    return {id(p): t for p in members if (t := kept.get(id(p)) or wanted.get(id(p))) is not None}
+    targets = {key: target for key, target in known.items() if id(target.session) in alive}
+    missing = {id(p) for p in members} - targets.keys()
+    for session in sessions:
+        model, galore = session.model(), session.galore
+        if model is None or galore is None or missing.isdisjoint(map(id, model.parameters())):
+            continue
+        sites = _selection(model, session).projected
+        for index, site in enumerate(sites):
+            offset = galore.update_every * index // len(sites) if galore.stagger else 0
+            if id(site.candidate.parameter) in missing:
+                target = Target(site, session, galore, offset)
+                targets[id(site.candidate.parameter)] = target
+                session.unserved_steps = PATIENCE + 1  # served: never complain
+    return {id(p): targets[id(p)] for p in members if id(p) in targets}
+
+
+def _selection(model: nn.Module, session: Session) -> Selection:
+    """What is projected, asked again only where the model has other parameters than before."""
+    assert session.galore is not None
+    key = (id(session), *map(id, model.parameters()))
+    known = _selections.get(model)
+    if known is None or known[0] != key:
+        known = _selections[model] = (key, sites_of(model, session.galore, frozen=True))
+    return known[1]
+
+
+def _is_adam(optimizer: Optimizer) -> bool:
+    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(Adam.step)
 
 
 def _check_optimizer(optimizer: Optimizer, name: str) -> None:
-    kind = type(optimizer)
-    if inspect.unwrap(kind.step) is not inspect.unwrap(Adam.step):
+    if not _is_adam(optimizer):
         raise UnsupportedError(
-            f"GaLore is to update {name}, but its optimizer is a {kind.__name__}; use "
-            "torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
+            f"GaLore is to update {name}, but its optimizer is a {type(optimizer).__name__}; "
+            "use torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
             "model without galore_rank"
         )
     for group in optimizer.param_groups:
@@ -164,70 +154,106 @@ def _check_optimizer(optimizer: Optimizer, name: str) -> None:
             )
 
 
+def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
+    for group, parameter in _members(optimizer):
+        target = attachment.targets.get(id(parameter))
+        state = optimizer.state.get(parameter)
+        if target is not None:
+            check_target(target)
+            kind = target.kind(group)
+            if state and state.get("exp_avg") is not target.checked:
+                check_state(target, kind, state)
+        elif isinstance(state, dict) and isinstance(state.get("projector"), Tensor):
+            raise ValueError(
+                f"the optimizer holds projected state for a parameter of shape "
+                f"{tuple(parameter.shape)} (rank {state['projector'].shape[-1]}) that is not "
+                "projected now: compile the model with the galore options of the run that "
+                "saved it, or start with a new optimizer"
+            )
+        grad = parameter.grad
+        if attachment.targets and grad is not None and grad.is_sparse:
+            raise UnsupportedError(
+                f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, which "
+                "neither Adam nor GaLore takes: make its layer sparse=False"
+            )
+
+
 # --- around a step --------------------------------------------------------------------------
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
     attachment = _attached(optimizer)
-    attachment.reveal()  # what a step that raised had hidden
+    _complain_of_unserved()
     if not attachment.targets:
         return
-    for _, parameter in _members(optimizer):
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, which "
-                "Adam does not support: make its layer sparse=False"
-            )
-    if attachment.hooks is None:
-        attachment.hooks = (
-            optimizer.register_step_pre_hook(_hide),
-            optimizer.register_step_post_hook(_update),
-        )
-    # Behind the user's own pre-hooks and ahead of the user's own post-hooks, which so see
-    # the gradients that they would see without us.
-    before: Any = optimizer._optimizer_step_pre_hooks
+    if attachment.post_hook is None:
+        hook: Any = torch.compiler.disable(_update)  # type: ignore[no-untyped-call]
+        attachment.post_hook = optimizer.register_step_post_hook(hook)
+        skipping: Any = _skipping(weakref.ref(optimizer), attachment)
+        skipping = torch.compiler.disable(skipping)  # type: ignore[no-untyped-call]
+        optimizer._init_group = skipping  # type: ignore[attr-defined]
+    # Ahead of the user's own post-hooks: the step that they follow is complete.
     after: Any = optimizer._optimizer_step_post_hooks
-    before.move_to_end(attachment.hooks[0].id)
-    after.move_to_end(attachment.hooks[1].id, last=False)
+    after.move_to_end(attachment.post_hook.id, last=False)
 
 
-def _hide(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    attachment = _attachments[optimizer]
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        attachment.hide(optimizer)
-        return None
+def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Callable[..., Any]:
+    """Adam's collection of parameters and gradients, blind to ours for as long as it runs."""
 
-    def watched() -> Any:  # the gradients appear inside the stock step
-        loss = closure()
-        attachment.hide(optimizer)
-        return loss
+    def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        ours = [p for p in group["params"] if p.grad is not None and id(p) in attachment.targets]
+        grads = [p.grad for p in ours]
+        try:
+            for parameter in ours:
+                parameter.grad = None
+            return type(optimizer)._init_group(optimizer, group, *args, **kwargs)
+        finally:
+            for parameter, grad in zip(ours, grads, strict=True):
+                parameter.grad = grad
 
-    return args[:1], {"closure": watched}
+    return init_group
 
 
 @torch.no_grad()
 def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     attachment = _attachments[optimizer]
-    pending = attachment.reveal()
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # GradScaler's
     if found_inf is not None and bool(found_inf.item()):
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     shared: dict[Any, tuple[Any, ...]] = {}
-    for target, group, grad in pending:
-        if grad_scale is not None:
-            grad.div_(grad_scale.to(grad.device))
-        kind, state = target.kind(group), optimizer.state[target.parameter]
-        failure = refresh_if_due(target, kind, state, grad, group)
-        if failure is not None:
-            _warn_once(attachment, target, failure)
-        update = _update_of(kind, target.session)
-        tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
-        tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
-        numbers = _numbers(update, state["step"], group, shared)
-        update.apply([*tensors, state["projector"]], numbers)
+    with contextlib.ExitStack() as stack:
+        for device in {p.device.type for _, p in _members(optimizer)}:
+            stack.enter_context(torch.autocast(device, enabled=False))  # as stock Adam is
+        for group, parameter in _members(optimizer):
+            target, grad = attachment.targets.get(id(parameter)), parameter.grad
+            if target is None or grad is None:
+                continue
+            if grad_scale is not None:
+                grad.div_(grad_scale.to(grad.device))
+            failure = _update_one(target, group, grad, optimizer.state[parameter], shared)
+            if failure is not None and not attachment.warned:
+                attachment.warned = True
+                _warn_of(target, failure)
+
+
+def _update_one(
+    target: Target,
+    group: dict[str, Any],
+    grad: Tensor,
+    state: dict[str, Any],
+    shared: dict[Any, tuple[Any, ...]],
+) -> str | None:
+    kind = target.kind(group)
+    failure = refresh_if_due(target, kind, state, grad, group)
+    update = _update_of(kind, target.session)
+    tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
+    numbers = _numbers(update, state["step"], group, shared)
+    update.apply([*tensors, state["projector"]], numbers)
+    return failure
 
 
 def _numbers(
@@ -251,11 +277,26 @@ def _update_of(kind: Kind, session: Session) -> Update:
     return _updates[key]
 
 
-def _warn_once(attachment: Attachment, target: Target, failure: str) -> None:
-    if not attachment.warned:
-        attachment.warned = True
-        warn(
-            f"GaLore could not refresh the projector of {target.name} "
-            f"{tuple(target.parameter.shape)} {failure}. The old one stays, and the next step "
-            "tries again; memrewrite.report counts further ones silently"
-        )
+def _warn_of(target: Target, failure: str) -> None:
+    warn(
+        f"GaLore could not refresh the projector of {target.name} "
+        f"{tuple(target.parameter.shape)} {failure}. The old one stays, and the next step "
+        "tries again; memrewrite.report counts further ones silently"
+    )
+
+
+def _complain_of_unserved() -> None:
+    """A model that trains, by somebody else's parameters: a copy's, or a sharded wrapper's."""
+    for session in live_sessions():
+        model = session.model()
+        if session.galore is None or session.unserved_steps > PATIENCE or model is None:
+            continue
+        if not session.called or all(p.grad is None for p in model.parameters()):
+            continue  # it is not being trained
+        session.unserved_steps += 1
+        if session.unserved_steps == PATIENCE:
+            warn(
+                f"{PATIENCE} optimizer steps after galore_rank was asked for a model, no "
+                "optimizer has stepped its parameters, so no state is projected: build the "
+                "optimizer over the parameters of the compiled model itself"
+            )

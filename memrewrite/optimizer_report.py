@@ -13,7 +13,10 @@ from memrewrite.projection import Selection, Site, projected_numbers, sites_of
 from memrewrite.state import Session
 from memrewrite.target import Target
 
-NOT_ATTACHED = "not attached yet: no optimizer has stepped these parameters; bytes are predicted"
+NOT_ATTACHED = (
+    "not attached yet: no optimizer has stepped {} of the projected weights; their bytes are "
+    "predicted"
+)
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,11 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
     if session.galore is None:
         return (), ""
     selection = sites_of(model, session.galore)
-    attached = {
-        id(target.parameter): (target, optimizer.state.get(target.parameter, {}))
-        for optimizer, attachment in attachments(session)
-        for target in attachment.targets.values()
-        if target.session is session
-    }
+    served = _served(session)
     rows = (
-        *(_projected(site, attached) for site in selection.projected),
-        *_plain(model, selection),
+        *(_projected(site, served) for site in selection.projected),
+        *_plain(model, selection, served),
     )
-    stepped = any(state for _, state in attached.values())
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
     status = f"optimizer state: {before:,} bytes by stock Adam, {after:,} by memrewrite"
     if before:
@@ -56,15 +53,47 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
     failures = sum(row.failed_refreshes for row in rows)
     if failures:
         status += f"; {failures} refreshes of a projector failed and kept the old one"
-    return rows, status if stepped else f"{status}\n{NOT_ATTACHED}"
+    waiting = [
+        site
+        for site in selection.projected
+        if not served.get(id(site.candidate.parameter), NOBODY).state
+    ]
+    return rows, f"{status}\n{NOT_ATTACHED.format(len(waiting))}" if waiting else status
 
 
-def _projected(site: Site, attached: dict[int, tuple[Target, dict[str, Any]]]) -> OptimizerRow:
+@dataclass(frozen=True)
+class _Served:
+    """A parameter in the hands of an optimizer."""
+
+    target: Target | None
+    state: dict[str, Any]
+    moments: int  # that stock Adam would keep
+
+
+NOBODY = _Served(None, {}, 2)
+
+
+def _served(session: Session) -> dict[int, _Served]:
+    return {
+        id(parameter): _Served(
+            attachment.targets.get(id(parameter)),
+            optimizer.state.get(parameter, {}),
+            3 if group["amsgrad"] else 2,
+        )
+        for optimizer, attachment in attachments(session)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _held(state: dict[str, Any]) -> int:
+    return sum(v.nbytes for v in state.values() if isinstance(v, Tensor) and v.ndim)
+
+
+def _projected(site: Site, served: dict[int, _Served]) -> OptimizerRow:
     parameter, shape = site.candidate.parameter, site.candidate.shape
-    target, state = attached.get(id(parameter), (None, {}))
-    held = [v for v in state.values() if isinstance(v, Tensor) and v.ndim]
-    moments = 3 if "max_exp_avg_sq" in state else 2
-    predicted = projected_numbers(shape, site.rank, site.left) * parameter.element_size()
+    mine = served.get(id(parameter), NOBODY)
+    predicted = projected_numbers(shape, site.rank, site.left, mine.moments)
     return OptimizerRow(
         site.candidate.name,
         shape,
@@ -72,24 +101,27 @@ def _projected(site: Site, attached: dict[int, tuple[Target, dict[str, Any]]]) -
         "",
         "left" if site.left else "right",
         site.rank,
-        moments * parameter.nbytes,
-        sum(v.nbytes for v in held) if held else predicted,
-        target.refreshed if target else None,
-        target.energy if target else None,
-        target.failures if target else 0,
+        mine.moments * parameter.nbytes,
+        _held(mine.state) or predicted * parameter.element_size(),
+        mine.target.refreshed if mine.target else None,
+        mine.target.energy if mine.target else None,
+        mine.target.failures if mine.target else 0,
     )
 
 
-def _plain(model: nn.Module, selection: Selection) -> list[OptimizerRow]:
+def _plain(
+    model: nn.Module, selection: Selection, served: dict[int, _Served]
+) -> list[OptimizerRow]:
     projected = {id(site.candidate.parameter) for site in selection.projected}
     known = {id(c.parameter): (c.name, reason) for c, reason in selection.plain}
     rows = []
     for path, parameter in model.named_parameters():
         if id(parameter) not in projected and parameter.requires_grad:
             name, reason = known.get(id(parameter), (path, "fewer than two dimensions"))
-            size = 2 * parameter.nbytes
-            shape = tuple(parameter.shape)
-            row = OptimizerRow(name, shape, "plain", reason, "", None, size, size, None, None, 0)
+            mine = served.get(id(parameter), NOBODY)
+            size, shape = mine.moments * parameter.nbytes, tuple(parameter.shape)
+            held = _held(mine.state) or size
+            row = OptimizerRow(name, shape, "plain", reason, "", None, size, held, None, None, 0)
             rows.append(row)
     return rows
 

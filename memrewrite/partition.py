@@ -22,9 +22,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from memrewrite import pipeline
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.plan import Plan
-from memrewrite.record import GraphRecord, InputRecord
+from memrewrite.record import GraphRecord, InputRecord, KeptRecord
 from passes.base import Pass, arguments, copy_graph, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
+from passes.provenance import module_of, operation_of
 from passes.rerun import choose_reruns, freed_operations
 from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
 
@@ -100,6 +101,7 @@ def divide(
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
+        state.record.kept = _kept(forward.graph, backward.graph, outputs)
     return forward, backward
 
 
@@ -234,6 +236,28 @@ def _settle(
         entry.kept_by = _reader_names(backward, after.handed[x], served) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
     record.formula_before, record.formula_after = str(before.bytes), str(after.bytes)
+
+
+def _kept(forward: Graph, backward: Graph, outputs: int) -> list[KeptRecord]:
+    returned: Any = forward.output_node().args[0]
+    return [
+        KeptRecord(
+            name=node.name,
+            module=module_of(storage_of(node)) or module_of(node),
+            operation=operation_of(storage_of(node)),
+            shape=[n if isinstance(n, int) else str(n) for n in node.meta["val"].shape],
+            dtype=str(node.meta["val"].dtype),
+            compressed="velora_z" in storage_of(node).meta,
+            used_by=list(dict.fromkeys(map(_read_as, readers(backward, [node])))),
+        )
+        for node in returned[outputs:]
+        if isinstance(node.meta.get("val"), Tensor)
+    ]
+
+
+def _read_as(reader: Node) -> str:
+    module = module_of(reader)
+    return f"{operation_of(reader)} of {module}" if module else operation_of(reader)
 
 
 def _reader_names(backward: Graph, handed: Sequence[Node], served: dict[str, int]) -> list[str]:

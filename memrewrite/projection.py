@@ -53,7 +53,8 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
     if not found:
         raise ValueError("the model has no matrix or convolution for GaLore to project")
     if galore.sites == "auto":
-        chosen = {c.name for c in found if _why_not_body(c, model) is None}
+        reasons = _outside_body(found, model)
+        chosen = {c.name for c in found if c.name not in reasons}
         if not chosen:
             raise ValueError(
                 "the model has no linear layer in its body for GaLore to project; select "
@@ -61,6 +62,7 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
             )
     else:
         chosen = choose(found, galore.sites, "memrewrite.GaLore(rank, sites='all')")
+        reasons = {}
     projected, plain = [], []
     for candidate in found:
         left = _left(candidate.shape, galore.side)
@@ -69,8 +71,7 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
         if reason is None and not (frozen or candidate.parameter.requires_grad):
             reason = "not trained"
         if candidate.name not in chosen:
-            reason = _why_not_body(candidate, model) if galore.sites == "auto" else None
-            reason = reason or "not selected by sites"
+            reason = reasons.get(candidate.name, "not selected by sites")
         if reason is None:
             projected.append(Site(candidate, rank, left))
         else:
@@ -110,28 +111,35 @@ def _candidate(path: str, module: nn.Module, name: str, parameter: nn.Parameter)
     return Candidate(f"{path}.{name}", "stack", module, parameter)
 
 
-def _why_not_body(candidate: Candidate, model: nn.Module) -> str | None:
-    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    if any(candidate.parameter is m.weight for m in embeddings):
-        return "an embedding (or tied to one)"
-    if _is_head(candidate, model):
-        return "the output head"
-    attention = isinstance(candidate.module, nn.MultiheadAttention)
-    if candidate.kind in ("linear", "conv1d") or (candidate.kind == "raw" and attention):
-        return None
-    return f"not a linear layer's weight (sites='auto'): {candidate.kind}"
+def _outside_body(found: list[Candidate], model: nn.Module) -> dict[str, str]:
+    """Per weight that "auto" leaves out, why."""
+    kinds = nn.Embedding | nn.EmbeddingBag
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    head = _output_embeddings(model)
+    reasons = {}
+    for candidate in found:
+        attention = isinstance(candidate.module, nn.MultiheadAttention)
+        linear = candidate.kind in ("linear", "conv1d") or (candidate.kind == "raw" and attention)
+        if id(candidate.parameter) in embeddings:
+            reasons[candidate.name] = "an embedding (or tied to one)"
+        elif candidate.module is head or _named_like_a_head(candidate.name):
+            reasons[candidate.name] = "the output head"
+        elif not linear:
+            reasons[candidate.name] = (
+                f"not a linear layer's weight (sites='auto'): {candidate.kind}"
+            )
+    return reasons
 
 
-def _is_head(candidate: Candidate, model: nn.Module) -> bool:
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
     known = getattr(model, "get_output_embeddings", None)
-    if callable(known):
-        try:
-            head = known()
-        except NotImplementedError:
-            head = None
-        if head is not None and head is candidate.module:
-            return True
-    name = candidate.name
+    try:
+        return known() if callable(known) else None
+    except NotImplementedError:
+        return None
+
+
+def _named_like_a_head(name: str) -> bool:
     return name in TOP_LEVEL_HEADS or any(fnmatchcase(name, pattern) for pattern in HEADS)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ZERO = "the gradient is zero"
 OVERSAMPLING = 16  # columns beyond r
 ENOUGH = 0.99  # of a gradient's energy: no basis holds much more
 GAIN = 0.005  # a round of power iteration that adds less of the energy was the last
@@ -41,7 +42,7 @@ def refresh(
     if not 0.0 < norm < math.inf:  # or its squares overflow, or vanish
         largest = float(a.abs().max())
         if largest == 0.0:
-            return "the gradient is zero"
+            return ZERO
         if not math.isfinite(largest):
             return "the gradient has NaN or Inf entries"
         a = a / largest

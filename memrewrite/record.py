@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass
 class InputRecord:
@@ -30,11 +32,35 @@ class InputRecord:
 
 
 @dataclass
+class KeptRecord:
+    """One tensor that a forward hands to its backward, in the order of the graph."""
+
+    name: str
+    module: str
+    operation: str
+    shape: list[int | str]  # a text where it is symbolic
+    dtype: str
+    compressed: bool
+    used_by: list[str]  # operations in backward
+
+    def fits(self, tensor: Tensor) -> bool:
+        """True where a tensor may be this one."""
+        return (
+            str(tensor.dtype) == self.dtype
+            and tensor.ndim == len(self.shape)
+            and all(
+                isinstance(w, str) or w == n for w, n in zip(self.shape, tensor.shape, strict=True)
+            )
+        )
+
+
+@dataclass
 class GraphRecord:
     """One captured graph: its inputs' fates and its totals."""
 
     inference: bool = False
     inputs: list[InputRecord] = field(default_factory=list)
+    kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
     kept_before: int = 0
     kept_after: int = 0
@@ -57,7 +83,8 @@ class GraphRecord:
         try:
             data = json.loads(path.read_text())
             inputs = [InputRecord(**item) for item in data["inputs"]]
+            kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
-            return cls(**{**data, "inputs": inputs, "refused": refused})
+            return cls(**{**data, "inputs": inputs, "kept": kept, "refused": refused})
         except (OSError, ValueError, TypeError, KeyError):
             return None

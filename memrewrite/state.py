@@ -13,6 +13,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from memrewrite.record import GraphRecord
 from memrewrite.sites import Candidate, candidates, select
 
 PREFIX = "velora.v."
+_running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Session:
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
     graphs: list[Graph] = field(default_factory=list)
     called: bool = False
+    unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph."""
@@ -191,7 +194,11 @@ class Graph:
         if not binding.calibrated:
             self._calibrate(binding, args)
         variant = binding.variant
-        results = variant.compiled(*args, *binding.vectors(self.session))
+        token = _running.set(binding)
+        try:
+            results = variant.compiled(*args, *binding.vectors(self.session))
+        finally:
+            _running.reset(token)
         if variant.outputs is None:
             return results
         leaders = {w.position for w in variant.leaders}
@@ -324,6 +331,11 @@ def session_of(model: nn.Module) -> Session:
             "either); call memrewrite.compile(model) first"
         )
     return session
+
+
+def running() -> Binding | None:
+    """The compiled graph that is being called, if one is."""
+    return _running.get()
 
 
 def live_sessions() -> list[Session]:

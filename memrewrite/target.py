@@ -15,6 +15,8 @@ from memrewrite.projection import Site
 from memrewrite.state import Session
 from memrewrite.update import Kind
 
+STALE = "projector_stale"  # in the state of a weight whose refresh failed: try again
+
 
 @dataclass
 class Target:
@@ -27,7 +29,6 @@ class Target:
     refreshed: int | None = None  # the step, from 1, whose gradient gave P
     energy: float | None = None  # |P^T G|^2 / |G|^2 of that gradient
     failures: int = 0
-    retry: bool = False
     known: Kind | None = None  # the last one that `kind` made, and of which flags
     flags: tuple[Any, ...] = ()
     checked: Tensor | None = None  # the exp_avg whose state was found to be in order
@@ -54,20 +55,18 @@ class Target:
 
 
 def check_target(target: Target) -> None:
-    """Raise UnsupportedError for a parameter that cannot be updated as it is now."""
+    """Raise UnsupportedError for a parameter that the model no longer has."""
     candidate = target.site.candidate
-    if candidate.module._parameters.get(candidate.attribute) is not candidate.parameter:
-        raise UnsupportedError(
-            f"{candidate.name} {candidate.shape} was replaced by another parameter while its "
-            "optimizer still updates the old one: build a new optimizer over the model's "
-            "parameters"
-        )
-    grad = candidate.parameter.grad
-    if grad is not None and grad.is_sparse:
-        raise UnsupportedError(
-            f"{candidate.name} {candidate.shape} has a sparse gradient, which neither Adam nor "
-            "GaLore takes: make its layer sparse=False"
-        )
+    if candidate.module._parameters.get(candidate.attribute) is candidate.parameter:
+        return
+    model = target.session.model()  # pruning and parametrizations only rename it
+    if model is not None and any(p is candidate.parameter for p in model.parameters()):
+        return
+    raise UnsupportedError(
+        f"{candidate.name} {candidate.shape} was replaced by another parameter while its "
+        "optimizer still updates the old one: build a new optimizer over the model's "
+        "parameters"
+    )
 
 
 def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
@@ -82,6 +81,13 @@ def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
     moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
     expected = dict.fromkeys(moments, kind.state_shape)
     expected["projector"] = (kind.side, kind.rank)
+    if state["exp_avg"].dtype != kind.dtype:
+        raise ValueError(
+            f"the optimizer's state of {target.name} is {state['exp_avg'].dtype}, but the weight "
+            f"is {kind.dtype} now: convert the model before its optimizer takes a step, or "
+            "load the state again with optimizer.load_state_dict(optimizer.state_dict())"
+        )
+    target.checked = state["exp_avg"]
     if found != expected:
         raise ValueError(
             f"the optimizer's state of {target.name} {kind.shape} has shapes {found}, but rank "
@@ -93,7 +99,10 @@ def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
 def refresh_if_due(
     target: Target, kind: Kind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
 ) -> str | None:
-    """Make the state at the first step; a new P where one is due. A reason where that failed."""
+    """Make the state at the first step; a new P where one is due.
+
+    Returns why that failed, where it did; a gradient of zeros has no basis and is no failure.
+    """
     if not state:
         _initialise(state, kind, grad, group["capturable"])
         old, done = None, 0
@@ -102,14 +111,17 @@ def refresh_if_due(
             state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
         old, done = state["projector"], int(state["step"])
         due = (done + target.offset) % target.galore.update_every == 0
-        if not due and not target.retry:
+        if not due and STALE not in state:
             return None
     galore = target.galore
     new = projector.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
-    target.retry = isinstance(new, str)
     if isinstance(new, str):
+        state[STALE] = torch.ones(())
+        if new == projector.ZERO:  # LoRA's A at its first step, an expert without a token
+            return None
         target.failures += 1
         return f"at step {done + 1}: {new}"
+    state.pop(STALE, None)
     if galore.moments == "rotate" and old is not None and done:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**done, 1 - beta2**done

@@ -31,6 +31,11 @@ def watch(session: Session) -> None:
         _handle = register_optimizer_step_post_hook(_after_step)
 
 
+def unwatch(session: Session) -> None:
+    """Ask no more of a session: its model runs eagerly again."""
+    _waiting[:] = [reference for reference in _waiting if reference() is not session]
+
+
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     global _handle
     stepped = {id(p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
@@ -54,8 +59,9 @@ def _complain(name: str) -> None:
     warnings.warn(
         f"{name} took an optimizer step, but memrewrite's passes never ran on it: an outer "
         "torch.compile (or a trainer's torch_compile flag) took over, compilation is disabled, "
-        "or the model was not called. Turn the outer compile off, or call memrewrite.compile "
-        "on what it compiles",
+        "or what was called is not this module but one inside it, as DDP does. Turn the outer "
+        "compile off, or call memrewrite.compile on the module that is called. GaLore, which "
+        "works in the optimizer, is not affected",
         MemrewriteWarning,
         stacklevel=4,
     )

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
@@ -554,12 +555,15 @@ def test_options_are_checked_where_they_are_written(
         ({"galore_rank": 2, "galore": GaLore(rank=3)}, ValueError, "two ranks"),
         ({"galore_rank": 128}, ValueError, r"up \(16, 8\): too small for rank 128"),
         ({"galore": GaLore(2, sites=["*.q_proj"])}, ValueError, "matches no module"),
+        ({"galore_rank": 2, "frozen": True}, ValueError, "unfreeze the weights first"),
     ],
 )
 def test_compile_refuses_and_leaves_the_model(
     arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     model = net(None)
+    if arguments.pop("frozen", False):
+        model.requires_grad_(False)
     with pytest.raises(error, match=words):
         memrewrite.compile(model, **arguments)
     assert model._compiled_call_impl is None
@@ -679,3 +683,152 @@ def test_no_warning_in_a_usual_run() -> None:
             model(ids).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+# --- the neighbours ---------------------------------------------------------------------------
+
+
+class Foreign(Optimizer):
+    """Some other optimizer, whose state looks like anything."""
+
+    def __init__(self, params: Any, state: Any) -> None:
+        super().__init__(params, {})
+        self.given = state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = self.given
+
+
+@pytest.mark.parametrize(
+    "state", [{"projector": torch.eye(4)}, {"projector": torch.zeros(3)}, torch.zeros(3), [1], 7]
+)
+def test_other_optimizers_on_other_models_are_left_alone(state: Any) -> None:
+    net()
+    optimizer = Foreign(nn.Linear(4, 4).parameters(), state)
+    optimizer.step()
+    optimizer.step()
+
+
+def test_a_model_that_was_edited_does_not_break_its_neighbours() -> None:
+    model = net(GaLore(rank=2, sites=["up"]))
+    del model.up
+    other = nn.Linear(4, 4)
+    other.weight.grad = torch.ones(4, 4)
+    SGD(other.parameters(), 0.1).step()
+
+
+def test_a_discarded_gradient_is_not_applied_after_a_step_that_raised() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), weight_decay=0.0)
+    fit(model, optimizer, range(1))
+    gradients(model, 1)
+    betas = optimizer.param_groups[0].pop("betas")
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert all(p.grad is not None for p in model.parameters())  # to be clipped, logged, kept
+    optimizer.param_groups[0]["betas"] = betas
+    optimizer.zero_grad()
+    before = weights(model)
+    optimizer.step()
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_autocast_around_the_step_changes_nothing() -> None:
+    cast, plain = net(None).float(), net(None).float()
+    for model in (cast, plain):
+        compiled(model, galore=GaLore(2, update_every=2))
+    one, two = AdamW(cast.parameters()), AdamW(plain.parameters())
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            fit(cast, one, range(step, step + 1))
+        fit(plain, two, range(step, step + 1))
+    for name, value in weights(cast).items():
+        assert torch.equal(value, plain.get_parameter(name)), name
+
+
+def test_pruning_midway_keeps_the_state() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    fit(model, optimizer, range(1))
+    prune.l1_unstructured(model.mix, "weight", 0.3)  # type: ignore[no-untyped-call]
+    parameter = model.mix.weight_orig
+    fit(model, optimizer, range(1, 2))
+    assert int(optimizer.state[parameter]["step"]) == 2
+    assert "projector" in optimizer.state[parameter]
+
+
+def test_a_first_gradient_of_zeros_is_silent_and_survives_a_checkpoint() -> None:
+    galore = GaLore(rank=2, update_every=50)
+    straight, resumed = net(galore), net(galore)
+    one, two = AdamW(straight.parameters()), AdamW(resumed.parameters())
+    for p in straight.parameters():
+        p.grad = torch.zeros_like(p)
+    one.step()  # silent: LoRA's A has this gradient at its first step
+    resumed.load_state_dict(straight.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for model, optimizer in ((straight, one), (resumed, two)):
+        fit(model, optimizer, range(1, 4))
+    for name, value in weights(straight).items():
+        assert torch.equal(value, resumed.get_parameter(name)), name
+    state = two.state[resumed.mix.weight]
+    assert "projector_stale" not in state
+    assert not torch.equal(state["projector"], torch.eye(16, 2).double())
+    assert memrewrite.report(straight).optimizer[0].failed_refreshes == 0
+
+
+def test_a_weight_of_another_dtype_than_its_state_is_refused_by_name() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    fit(model, optimizer, range(1))
+    model.float()
+    gradients(model, 1)
+    with pytest.raises(ValueError, match=r"state of \w+ is torch.float64, but .* torch.float32"):
+        optimizer.step()
+
+
+def test_an_optimizer_over_copies_of_the_parameters_is_reported() -> None:
+    model = net()
+    copies = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    optimizer = AdamW(copies)
+    with pytest.warns(MemrewriteWarning, match="no optimizer has stepped its parameters") as caught:
+        for step in range(30):
+            gradients(model, step)
+            for p, master in zip(model.parameters(), copies, strict=True):
+                master.grad = p.grad
+            optimizer.step()
+    assert len(caught) == 1
+
+
+def test_a_part_of_a_compiled_model_is_not_compiled_again() -> None:
+    whole = compiled(nn.Sequential(net(None), nn.Linear(12, 12).double()), galore=EXACT)
+    with pytest.raises(TypeError, match="part of a Sequential that is compiled"):
+        memrewrite.compile(whole[0], galore_rank=3)
+
+
+def test_a_compiled_optimizer_step_is_the_same_step() -> None:
+    model, plain = net(), net()
+    one, two = AdamW(model.parameters()), AdamW(plain.parameters())
+    step = torch.compile(one.step, backend="eager")
+    for i in range(3):
+        gradients(model, i)
+        step()
+        fit(plain, two, range(i, i + 1))
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, plain.get_parameter(name).detach())
+    assert "projector" in one.state[model.mix.weight]
+
+
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_report_counts_every_byte_of_the_state(amsgrad: bool) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), amsgrad=amsgrad)
+    fit(model, optimizer, range(1))
+    held = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.ndim)
+    full = sum(p.nbytes for p in model.parameters()) * (3 if amsgrad else 2)
+    totals = memrewrite.report(model).totals
+    assert (totals["state_bytes_before"], totals["state_bytes_after"]) == (full, held)
+    partial = net(seed=1)
+    fit(partial, AdamW(partial.up.parameters()), range(1))
+    assert "not attached yet" in str(memrewrite.report(partial))

@@ -1,0 +1,139 @@
+"""saved_tensors: equal, to the byte, to what autograd's own hooks count."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from huggingface import MODELS
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Stack
+from torch import Tensor, nn
+
+import memrewrite
+from memrewrite import VeLoRA
+
+
+def hooked(run: Callable[[], Any]) -> int:
+    """Bytes of distinct memories that autograd packs."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(sizes.values())
+
+
+class Wrapped(nn.Module):
+    """A model and its loss as one module without arguments."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self) -> Tensor:
+        return self.run(self.model)
+
+
+@pytest.mark.parametrize("velora", [False, VeLoRA(8, sites="all")])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])
+def test_rows_sum_to_what_the_hooks_count(name: str, dynamic: bool, velora: Any) -> None:
+    model, run = MODELS[name]()
+    whole = Wrapped(model.train(), run)
+    memrewrite.compile(whole, velora=velora, backend="aot_eager", dynamic=dynamic)
+    rows = memrewrite.saved_tensors(whole)
+    assert sum(row.bytes for row in rows) == hooked(whole)
+    inside = [row for row in rows if row.kind in ("exact", "compressed")]
+    assert all(row.operation for row in inside), [row for row in inside if not row.operation]
+    assert any(row.kind == "compressed" for row in rows) == bool(velora) or name in ("bert",)
+    named = sum(row.bytes for row in inside if row.module or row.operation == "argument")
+    assert named >= 0.9 * sum(row.bytes for row in inside)
+    assert f"{rows.bytes:,} bytes of activations" in str(rows)
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    st.sampled_from([nn.Tanh, nn.ReLU, nn.GELU, nn.Identity]),
+    st.booleans(), st.booleans(), st.integers(1, 6),
+)  # fmt: skip
+def test_stacks_of_linears(
+    sizes: list[int], activation: Any, bias: bool, velora: bool, batch: int
+) -> None:
+    layers = [
+        layer
+        for before, after in pairwise(sizes)
+        for layer in (nn.Linear(before, after, bias=bias), activation())
+    ]
+    model = nn.Sequential(*layers)
+    options = VeLoRA(2, sites="all") if velora and max(sizes[:-1]) > 1 else False
+    memrewrite.compile(model, velora=options, backend="aot_eager")
+    x = torch.randn(batch, sizes[0])
+    rows = memrewrite.saved_tensors(model, x)
+    assert sum(row.bytes for row in rows) == hooked(lambda: model(x))
+
+
+def test_a_row_says_what_where_why_and_whether_it_was_compressed() -> None:
+    model = Stack(depth=1)
+    memrewrite.compile(model, velora=VeLoRA(8, sites=["*.up_proj"]), backend="aot_eager")
+    x = torch.randn(6, 32)
+    rows = memrewrite.saved_tensors(model, x)
+    gate = next(row for row in rows if row.module == "blocks.0.gate_proj")
+    assert (gate.operation, gate.shape, gate.dtype) == ("addmm", (6, 48), torch.float32)
+    assert gate.bytes == 6 * 48 * 4 and gate.kind == "exact"
+    assert any("blocks.0" in reader for reader in gate.used_by)
+    kinds = {row.name: row.kind for row in rows}
+    assert kinds["blocks.0.down_proj.weight"] == "parameter"
+    assert "input" in kinds.values() or "vector" in kinds.values()
+
+
+def test_nothing_is_left_behind() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    memrewrite.compile(model, backend="aot_eager")
+    before = copy.deepcopy(model.state_dict())
+    x, random = torch.randn(5, 8), torch.get_rng_state()
+    rows = memrewrite.saved_tensors(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert sum(row.bytes for row in rows) == hooked(lambda: model(x))
+
+
+def test_what_is_saved_outside_the_compiled_graphs_is_named_so() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x).tanh()
+            torch._dynamo.graph_break()
+            return self.two(outside(x))
+
+    @torch.compiler.disable
+    def outside(x: Tensor) -> Tensor:
+        return x.exp()
+
+    model = Broken()
+    memrewrite.compile(model, backend="aot_eager")
+    x = torch.randn(5, 8)
+    rows = memrewrite.saved_tensors(model, x)
+    assert sum(row.bytes for row in rows) == hooked(lambda: model(x))
+    assert [row.shape for row in rows if row.kind == "outside"] == [(5, 8)]
+
+
+def test_it_refuses_what_it_cannot_answer() -> None:
+    with pytest.raises(ValueError, match="not compiled by memrewrite"):
+        memrewrite.saved_tensors(nn.Linear(2, 2), torch.randn(1, 2))
+    model = memrewrite.compile(nn.Sequential(nn.Linear(2, 2)), backend="aot_eager")
+    with torch.no_grad(), pytest.raises(ValueError, match="turned off"):
+        memrewrite.saved_tensors(model, torch.randn(1, 2))
