@@ -321,21 +321,6 @@ def _key(gm: GraphModule, inputs: Sequence[Any], plan: Plan, engine: Engine) -> 
 # --- one optimizer update -----------------------------------------------------------------
 
 
-def trace(update: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
-    """The aten graph of a function of tensors, on fake ones: nothing is allocated."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with FakeTensorMode():
-        fakes = [torch.empty(e.shape, dtype=e.dtype) for e in examples]
-        gm: GraphModule = make_fx(update)(*fakes)
-    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        node.meta["argument"] = position
-    for node in gm.graph.nodes:
-        node.meta.setdefault("val", None)  # of ops that only write
-    return gm
-
-
 def compile_update(gm: GraphModule, engine: Engine) -> Callable[..., Any]:
     """The engine's code for a graph that writes its inputs, specialised to their shapes."""
     if engine.backend == "aot_eager":

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.optim.adam import adam
 
 from memrewrite import pipeline
-from memrewrite.backend import Engine, compile_update, trace
+from memrewrite.backend import Engine, compile_update
 from passes.accumulate import accumulate_in_place
 from passes.adam import HYPERPARAMETERS, hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass
@@ -142,6 +142,21 @@ def adam_update(kind: Kind) -> Callable[..., Any]:
         return ()
 
     return update
+
+
+def trace(update: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+    """The aten graph of a function of tensors, on fake ones: nothing is allocated."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode():
+        fakes = [torch.empty(e.shape, dtype=e.dtype) for e in examples]
+        gm: GraphModule = make_fx(update)(*fakes)
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        node.meta["argument"] = position
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", None)  # of ops that only write
+    return gm
 
 
 def _add_projector(gm: GraphModule, kind: Kind) -> int:

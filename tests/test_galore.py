@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from torch.optim.adam import adam
 
 from memrewrite import projector
-from memrewrite.backend import Engine, trace
+from memrewrite.backend import Engine
 from memrewrite.pipeline import run
-from memrewrite.update import Kind, _add_projector, build, capture
+from memrewrite.update import Kind, _add_projector, build, capture, trace
 from passes.accumulate import accumulate_in_place
 from passes.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.base import copy_graph
