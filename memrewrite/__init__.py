@@ -4,6 +4,7 @@ from memrewrite.api import compile as compile
 from memrewrite.api import load_state_dict as load_state_dict
 from memrewrite.api import restore as restore
 from memrewrite.api import state_dict as state_dict
+from memrewrite.dump import dump as dump
 from memrewrite.errors import MemrewriteWarning as MemrewriteWarning
 from memrewrite.errors import UnsupportedError as UnsupportedError
 from memrewrite.memory import SavedTensor as SavedTensor

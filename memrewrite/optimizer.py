@@ -80,6 +80,18 @@ def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
             yield optimizer, attachment
 
 
+def updates_of(session: Session) -> list[Update]:
+    """The compiled updates that a session's weights have had so far, one per kind."""
+    kinds = {
+        target.known
+        for _, attachment in attachments(session)
+        for target in attachment.targets.values()
+        if target.session is session
+    }
+    backend = session.engine.backend
+    return [u for (kind, engine), u in _updates.items() if engine == backend and kind in kinds]
+
+
 # --- which parameters, and whether all is well ----------------------------------------------
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from memrewrite import pipeline
 from memrewrite.errors import MemrewriteWarning
+from memrewrite.listing import listing
 from memrewrite.plan import Plan
 from memrewrite.record import GraphRecord, InputRecord, KeptRecord
 from passes.base import Pass, arguments, copy_graph, storage_of, tensor_bytes
@@ -69,7 +70,13 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
     state.plain = copy_graph(gm.graph)
     freed = _freed(found.gradients, dict(plan.vectors), gm.graph)
     try:
-        state.record.passes = [step.to_json() for step in pipeline.run(gm, todo)]
+        record = state.record
+        record.show("joint", listing(gm.graph))
+
+        def after(one: Pass, graph: Graph) -> None:
+            record.show(one.name, listing(graph))
+
+        record.passes = [step.to_json() for step in pipeline.run(gm, todo, after)]
         state.freed = freed
     except Exception as error:
         log.exception("the rewrite was undone")
@@ -102,6 +109,8 @@ def divide(
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
         state.record.kept = _kept(forward.graph, backward.graph, outputs)
+        state.record.show("forward", listing(forward.graph))
+        state.record.show("backward", listing(backward.graph))
     return forward, backward
 
 

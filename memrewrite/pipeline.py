@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,23 +26,27 @@ class Step:
         return asdict(self)
 
 
-def run(gm: GraphModule, passes: Sequence[Pass]) -> list[Step]:
-    """Run the passes in order; on any error put the graph back as it was and raise."""
+def run(
+    gm: GraphModule, passes: Sequence[Pass], after: Callable[[Pass, Graph], None] | None = None
+) -> list[Step]:
+    """Run the passes in order; on any error put the graph back as it was and raise.
+
+    `after` sees the graph behind each pass.
+    """
     if not passes:
         return []
     before = copy_graph(gm.graph)
     try:
-        steps = [_run_one(gm, one) for one in passes]
+        steps = []
+        for one in passes:
+            steps.append(_run_one(gm, one))
+            if after is not None:
+                after(one, gm.graph)
         gm.recompile()
         return steps
     except Exception:
         gm.graph = before
         raise
-
-
-def snapshot(gm: GraphModule) -> GraphModule:
-    """The graph as it is now, out of reach of later passes."""
-    return GraphModule(gm, copy_graph(gm.graph))
 
 
 def _run_one(gm: GraphModule, one: Pass) -> Step:

@@ -6,8 +6,10 @@ shapes are dynamic. Positions count the captured graph's arguments.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,20 @@ class GraphRecord:
     formula_after: str = ""
     failure: str = ""  # why the rewrite was undone, if it was
     passes: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
+
+    def show(self, stage: str, text: str) -> None:
+        """Keep a graph's listing; equal ones cost a line."""
+        packed = base64.b64encode(zlib.compress(text.encode(), 6)).decode()
+        self.stages.append((stage, packed))
+
+    def listings(self) -> list[tuple[str, str]]:
+        """(stage, listing) in the order of the compile."""
+        unpacked = []
+        for stage, packed in self.stages:
+            text = zlib.decompress(base64.b64decode(packed)).decode()
+            unpacked.append((stage, text))
+        return unpacked
 
     def store(self, path: Path) -> None:
         """Write to `path`; a cache that cannot be written costs a compile, never a run."""
@@ -85,6 +101,8 @@ class GraphRecord:
             inputs = [InputRecord(**item) for item in data["inputs"]]
             kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
-            return cls(**{**data, "inputs": inputs, "kept": kept, "refused": refused})
+            stages = [(stage, packed) for stage, packed in data["stages"]]
+            read = {"inputs": inputs, "kept": kept, "refused": refused, "stages": stages}
+            return cls(**{**data, **read})
         except (OSError, ValueError, TypeError, KeyError):
             return None

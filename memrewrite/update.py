@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.optim.adam import adam
 
 from memrewrite import pipeline
 from memrewrite.backend import Engine, compile_update
+from memrewrite.listing import listing
 from passes.accumulate import accumulate_in_place
 from passes.adam import HYPERPARAMETERS, hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass
@@ -71,11 +72,14 @@ class Update:
     """
 
     kind: Kind
-    captured: GraphModule
-    projected: GraphModule
-    steps: tuple[pipeline.Step, ...]
+    traced: list[tuple[str, str]]  # (stage, listing), from torch's update to the last pass
     pieces: Pieces
     body: Callable[..., Any]  # pieces.body, compiled
+
+    def stages(self) -> list[tuple[str, str]]:
+        """(stage, listing) of every graph on the way."""
+        pieces = ("scalars", "body", "writes")
+        return self.traced + [(name, listing(getattr(self.pieces, name).graph)) for name in pieces]
 
     def numbers(self, step: Tensor, hyper: Sequence[Tensor]) -> tuple[Any, ...]:
         found: tuple[Any, ...] = self.pieces.scalars(step, *hyper)
@@ -94,16 +98,18 @@ class Update:
 def build(kind: Kind, engine: Engine) -> Update:
     """Capture, rewrite, lower and compile the update of one kind of parameter."""
     gm = capture(kind)
-    captured = pipeline.snapshot(gm)
-    projector = _add_projector(gm, kind)
-    projection = Projection(projector, kind.left, kind.scale)
-    steps = pipeline.run(gm, [hyperparameters_as_inputs(), project_updates({W: projection})])
-    projected = pipeline.snapshot(gm)
-    steps += pipeline.run(gm, LOWERING)
+    projection = Projection(_add_projector(gm, kind), kind.left, kind.scale)
+    traced = [("captured", listing(gm.graph))]
+
+    def after(one: Pass, graph: Graph) -> None:
+        traced.append((one.name, listing(graph)))
+
+    pipeline.run(gm, [hyperparameters_as_inputs(), project_updates({W: projection})], after)
+    pipeline.run(gm, LOWERING, after)
     dtype = torch.float64 if kind.dtype == torch.float64 else torch.float32
     pieces = cut(gm, dtype)
     body = compile_update(pieces.body, engine)
-    return Update(kind, captured, projected, tuple(steps), pieces, body)
+    return Update(kind, traced, pieces, body)
 
 
 LOWERING: list[Pass] = [lower_fused_adam(), lower_ir_ops(), accumulate_in_place()]
@@ -120,8 +126,8 @@ def capture(kind: Kind) -> GraphModule:
 def adam_update(kind: Kind) -> Callable[..., Any]:
     """torch's own update of one parameter as a function of tensors alone."""
 
-    def update(*tensors: Tensor) -> tuple[()]:
-        param, grad, exp_avg, exp_avg_sq, *largest, step = tensors
+    def write(largest: list[Tensor], *tensors: Tensor) -> tuple[()]:
+        param, grad, exp_avg, exp_avg_sq, step = tensors
         adam(
             [param],
             [grad],
@@ -141,7 +147,16 @@ def adam_update(kind: Kind) -> Callable[..., Any]:
         )
         return ()
 
-    return update
+    # Their names become those of the graph's inputs.
+    def plain(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Any:
+        return write([], weight, grad, m, v, step)
+
+    def amsgrad(
+        weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, largest: Tensor, step: Tensor
+    ) -> Any:
+        return write([largest], weight, grad, m, v, step)
+
+    return amsgrad if kind.amsgrad else plain
 
 
 def trace(update: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:

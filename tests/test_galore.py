@@ -43,54 +43,54 @@ def test_printed_form_of_each_pass() -> None:
     assert_expected_inline(
         show(gm),
         """\
-_foreach_add_:  = _foreach_add_.Scalar([arg4_1], 1)
-_fused_adamw_:  = _fused_adamw_.default([arg0_1], [arg1_1], [arg2_1], [arg3_1], [], [arg4_1], lr=0.001, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-08, amsgrad=False, maximize=False)
+_foreach_add_:  = _foreach_add_.Scalar([step_1], 1)
+_fused_adamw_:  = _fused_adamw_.default([weight_1], [grad_1], [m_1], [v_1], [], [step_1], lr=0.001, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-08, amsgrad=False, maximize=False)
 return ()""",  # noqa: E501
     )
     run(gm, [hyperparameters_as_inputs()])
     assert_expected_inline(
         show(gm),
         """\
-_foreach_add_:  = _foreach_add_.Scalar([arg4_1], 1)
-_fused_adamw_:  = _fused_adamw_.default([arg0_1], [arg1_1], [arg2_1], [arg3_1], [], [arg4_1], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+_foreach_add_:  = _foreach_add_.Scalar([step_1], 1)
+_fused_adamw_:  = _fused_adamw_.default([weight_1], [grad_1], [m_1], [v_1], [], [step_1], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
 return ()""",  # noqa: E501
     )
     run(gm, [project_updates({0: Projection(p, left=False, scale=0.25)})])
     assert_expected_inline(
         show(gm),
         """\
-_foreach_add_:  = _foreach_add_.Scalar([arg4_1], 1)
-galore_project_default: [6, 2] = memrewrite.galore_project.default(arg1_1, projector, False)
+_foreach_add_:  = _foreach_add_.Scalar([step_1], 1)
+galore_project_default: [6, 2] = memrewrite.galore_project.default(grad_1, projector, False)
 zeros_like_default: [6, 2] = zeros_like.default(galore_project_default)
-_fused_adamw__default:  = _fused_adamw_.default([zeros_like_default], [galore_project_default], [arg2_1], [arg3_1], [], [arg4_1], lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+_fused_adamw__default:  = _fused_adamw_.default([zeros_like_default], [galore_project_default], [m_1], [v_1], [], [step_1], lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
 galore_project_back_default: [6, 4] = memrewrite.galore_project_back.default(zeros_like_default, projector, False)
 mul_tensor: [] = mul.Tensor(lr, weight_decay)
 rsub_scalar: [] = rsub.Scalar(mul_tensor, 1)
-mul_tensor_1: [6, 4] = mul.Tensor(arg0_1, rsub_scalar)
+mul_tensor_1: [6, 4] = mul.Tensor(weight_1, rsub_scalar)
 add_tensor: [6, 4] = add.Tensor(mul_tensor_1, galore_project_back_default, alpha=0.25)
-copy__default: [6, 4] = copy_.default(arg0_1, add_tensor)
+copy__default: [6, 4] = copy_.default(weight_1, add_tensor)
 return ()""",  # noqa: E501
     )
     run(gm, [lower_fused_adam(), lower_ir_ops()])
     assert_expected_inline(
         show(gm),
         """\
-_foreach_add_:  = _foreach_add_.Scalar([arg4_1], 1)
-mm_default: [6, 2] = mm.default(arg1_1, projector)
+_foreach_add_:  = _foreach_add_.Scalar([step_1], 1)
+mm_default: [6, 2] = mm.default(grad_1, projector)
 zeros_like_default: [6, 2] = zeros_like.default(mm_default)
-_to_copy_default: [] = _to_copy.default(arg4_1, dtype=torch.float64)
+_to_copy_default: [] = _to_copy.default(step_1, dtype=torch.float64)
 pow_tensor_tensor: [] = pow.Tensor_Tensor(beta1, _to_copy_default)
 rsub_scalar_1: [] = rsub.Scalar(pow_tensor_tensor, 1)
 pow_tensor_tensor_1: [] = pow.Tensor_Tensor(beta2, _to_copy_default)
 rsub_scalar_2: [] = rsub.Scalar(pow_tensor_tensor_1, 1)
 sqrt_default: [] = sqrt.default(rsub_scalar_2)
 div_tensor: [] = div.Tensor(lr, rsub_scalar_1)
-mul_tensor_2: [6, 2] = mul.Tensor(arg2_1, beta1)
+mul_tensor_2: [6, 2] = mul.Tensor(m_1, beta1)
 rsub_scalar_3: [] = rsub.Scalar(beta1, 1)
 mul_tensor_3: [6, 2] = mul.Tensor(mm_default, rsub_scalar_3)
 add_tensor_1: [6, 2] = add.Tensor(mul_tensor_2, mul_tensor_3)
 mul_tensor_4: [6, 2] = mul.Tensor(mm_default, mm_default)
-mul_tensor_5: [6, 2] = mul.Tensor(arg3_1, beta2)
+mul_tensor_5: [6, 2] = mul.Tensor(v_1, beta2)
 rsub_scalar_4: [] = rsub.Scalar(beta2, 1)
 mul_tensor_6: [6, 2] = mul.Tensor(mul_tensor_4, rsub_scalar_4)
 add_tensor_2: [6, 2] = add.Tensor(mul_tensor_5, mul_tensor_6)
@@ -100,16 +100,16 @@ mul_tensor_7: [6, 2] = mul.Tensor(add_tensor_1, div_tensor)
 add_tensor_3: [6, 2] = add.Tensor(div_tensor_1, eps)
 div_tensor_2: [6, 2] = div.Tensor(mul_tensor_7, add_tensor_3)
 sub_tensor: [6, 2] = sub.Tensor(zeros_like_default, div_tensor_2)
-copy__default_1: [6, 2] = copy_.default(arg2_1, add_tensor_1)
-copy__default_2: [6, 2] = copy_.default(arg3_1, add_tensor_2)
+copy__default_1: [6, 2] = copy_.default(m_1, add_tensor_1)
+copy__default_2: [6, 2] = copy_.default(v_1, add_tensor_2)
 copy__default_3: [6, 2] = copy_.default(zeros_like_default, sub_tensor)
 permute_default: [2, 4] = permute.default(projector, [1, 0])
 mm_default_1: [6, 4] = mm.default(zeros_like_default, permute_default)
 mul_tensor: [] = mul.Tensor(lr, weight_decay)
 rsub_scalar: [] = rsub.Scalar(mul_tensor, 1)
-mul_tensor_1: [6, 4] = mul.Tensor(arg0_1, rsub_scalar)
+mul_tensor_1: [6, 4] = mul.Tensor(weight_1, rsub_scalar)
 add_tensor: [6, 4] = add.Tensor(mul_tensor_1, mm_default_1, alpha=0.25)
-copy__default: [6, 4] = copy_.default(arg0_1, add_tensor)
+copy__default: [6, 4] = copy_.default(weight_1, add_tensor)
 return ()""",
     )
     run(gm, [accumulate_in_place()])
@@ -117,13 +117,13 @@ return ()""",
     assert_expected_inline(
         show(pieces.body),
         """\
-mm_default: [6, 2] = mm.default(arg1_1, projector)
+mm_default: [6, 2] = mm.default(grad_1, projector)
 zeros_like_default: [6, 2] = zeros_like.default(mm_default)
-mul_tensor_2: [6, 2] = mul.Tensor(arg2_1, beta1)
+mul_tensor_2: [6, 2] = mul.Tensor(m_1, beta1)
 mul_tensor_3: [6, 2] = mul.Tensor(mm_default, rsub_scalar_3)
 add_tensor_1: [6, 2] = add.Tensor(mul_tensor_2, mul_tensor_3)
 mul_tensor_4: [6, 2] = mul.Tensor(mm_default, mm_default)
-mul_tensor_5: [6, 2] = mul.Tensor(arg3_1, beta2)
+mul_tensor_5: [6, 2] = mul.Tensor(v_1, beta2)
 mul_tensor_6: [6, 2] = mul.Tensor(mul_tensor_4, rsub_scalar_4)
 add_tensor_2: [6, 2] = add.Tensor(mul_tensor_5, mul_tensor_6)
 sqrt_default_1: [6, 2] = sqrt.default(add_tensor_2)
@@ -132,8 +132,8 @@ mul_tensor_7: [6, 2] = mul.Tensor(add_tensor_1, div_tensor)
 add_tensor_3: [6, 2] = add.Tensor(div_tensor_1, eps)
 div_tensor_2: [6, 2] = div.Tensor(mul_tensor_7, add_tensor_3)
 sub_tensor: [6, 2] = sub.Tensor(zeros_like_default, div_tensor_2)
-copy__default_1: [6, 2] = copy_.default(arg2_1, add_tensor_1)
-copy__default_2: [6, 2] = copy_.default(arg3_1, add_tensor_2)
+copy__default_1: [6, 2] = copy_.default(m_1, add_tensor_1)
+copy__default_2: [6, 2] = copy_.default(v_1, add_tensor_2)
 copy__default_3: [6, 2] = copy_.default(zeros_like_default, sub_tensor)
 return (zeros_like_default,)""",
     )
@@ -141,7 +141,7 @@ return (zeros_like_default,)""",
         show(pieces.writes),
         """\
 permute_default: [2, 4] = permute.default(projector, [1, 0])
-addmm__default: [6, 4] = addmm_.default(arg0_1, zeros_like_default, permute_default, beta=_local_scalar_dense_default, alpha=0.25)
+addmm__default: [6, 4] = addmm_.default(weight_1, zeros_like_default, permute_default, beta=_local_scalar_dense_default, alpha=0.25)
 return ()""",  # noqa: E501
     )
     assert not [n for n in pieces.scalars.graph.nodes if "mm" in str(n.target)]
