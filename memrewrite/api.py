@@ -196,6 +196,13 @@ def _check_sites(model: nn.Module, options: VeLoRA) -> None:
 
 def _check_projection(model: nn.Module, galore: GaLore) -> None:
     selection = sites_of(model, galore)
+    refused = [f"{c.name} {c.shape} ({r})" for c, r in selection.plain if "projected:" in r]
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        warn(
+            f"GaLore leaves selected weights on plain Adam: {', '.join(refused[:3])}{more}; "
+            "leave them out of sites to say that this is meant"
+        )
     if selection.projected:
         return
     candidate, reason = next(

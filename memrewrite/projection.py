@@ -147,11 +147,11 @@ def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> s
     """The reason why a selected weight keeps its full-size state."""
     parameter = candidate.parameter
     if not parameter.dtype.is_floating_point:
-        return f"{parameter.dtype} weights are not projected"
+        return f"not projected: its dtype is {parameter.dtype}"
     if type(parameter) not in (nn.Parameter, torch.Tensor):
-        return f"a {type(parameter).__name__}: only plain tensors are projected"
+        return f"not projected: a {type(parameter).__name__}, no plain tensor"
     if candidate.kind == "stack":
-        return "a stack of matrices: only matrices and convolutions are projected"
+        return "not projected: a stack of matrices, neither a matrix nor a convolution"
     if projected_numbers(candidate.shape, rank, left) >= 2 * parameter.numel():
         return f"too small for rank {galore.rank}: its projected state would be no smaller"
     return None

@@ -576,6 +576,18 @@ def test_one_layer_too_small_stays_plain_with_its_reason() -> None:
     assert rows["up"]["decision"] == "plain" and "too small for rank 9" in rows["up"]["reason"]
 
 
+def test_selected_weights_of_a_kind_that_is_not_projected_are_named() -> None:
+    model = nn.Module()
+    model.complex = nn.Linear(8, 8, dtype=torch.complex64)
+    model.stack = nn.Module()
+    model.stack.experts = nn.Parameter(torch.randn(3, 8, 8))
+    model.good = nn.Linear(8, 8)
+    with pytest.warns(MemrewriteWarning, match=r"complex \(8, 8\) .*complex64.*experts.*a stack"):
+        memrewrite.compile(model, galore=GaLore(2, sites="all"), backend="aot_eager")
+    rows = {row.name: row.decision for row in memrewrite.report(model).optimizer}
+    assert rows["good"] == "projected" and rows["complex"] == "plain"
+
+
 class Overriding(AdamW):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
