@@ -73,7 +73,7 @@ class GraphRecord:
     stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
 
     def show(self, stage: str, text: str) -> None:
-        """Keep a graph's listing; equal ones cost a line."""
+        """Keep a graph's listing, compressed: about a sixth of its size."""
         packed = base64.b64encode(zlib.compress(text.encode(), 6)).decode()
         self.stages.append((stage, packed))
 

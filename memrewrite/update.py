@@ -27,7 +27,7 @@ from passes.galore import Projection, project_updates
 from passes.lower import lower_ir_ops
 from passes.pieces import Pieces, cut
 
-W, G, M, V = range(4)  # argument positions; then amsgrad's maximum, step, P
+W = 0  # the argument that is the weight; see `capture` for the others
 
 
 @dataclass(frozen=True)
