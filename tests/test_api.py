@@ -110,6 +110,15 @@ def test_a_model_that_is_already_compiled() -> None:
         memrewrite.compile(model)
 
 
+def test_a_restored_model_trains_eagerly_without_a_word() -> None:
+    model = memrewrite.restore(memrewrite.compile(Stack(depth=1), backend="aot_eager"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+
+
 def test_compiling_twice() -> None:
     model = Stack()
     assert memrewrite.compile(model, velora=True, backend="aot_eager") is model
