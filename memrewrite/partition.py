@@ -29,6 +29,7 @@ from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.provenance import module_of, operation_of
 from passes.rerun import choose_reruns, freed_operations
 from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
+from passes.sums import keep_sums
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,9 @@ def divide(
         _mark_reruns(gm.graph, before, plan, state.freed)
     _never_rerun_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, plan, outputs, exact_first)
+    if keep_sums(forward.graph, backward.graph, outputs, hint):
+        forward.recompile()
+        backward.recompile()
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
@@ -135,6 +139,7 @@ def _mark_reruns(graph: Graph, kept: Kept, plan: Plan, freed: float) -> None:
     """Choose among the matmul outputs that the default split keeps: no other needs a rerun."""
     chosen = choose_reruns(
         kept,
+        graph.nodes,
         RERUN_SHARE * freed,
         is_free=lambda n: n.meta.get("argument") in plan.free,
         is_costly=lambda n: _is_costly(n) or _is_random(n),

@@ -16,7 +16,8 @@ the freed operations as the budget in place of a memory target.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Hashable
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 from torch.fx import Node
@@ -45,6 +46,7 @@ def operations(matmul: Node) -> Any:
 
 def choose_reruns(
     kept: Kept,
+    everything: Iterable[Node],
     budget: float,
     is_free: Callable[[Node], bool],
     is_costly: Callable[[Node], bool],
@@ -52,10 +54,12 @@ def choose_reruns(
 ) -> list[Node]:
     """Kept matmul outputs to rerun, cheapest per byte first, within `budget` operations.
 
-    A linear is rerun in all layers of its kind or in none.
+    A linear is rerun in all layers of its kind or in none: never where the split keeps
+    its output in fewer than half of them.
     """
     names = {node.name for node in kept.storages}
     chosen: list[Node] = []
+    layers = Counter(_role(n) for n in everything if n.target in MATMULS)
     offers = [
         node
         for node in kept.storages
@@ -68,9 +72,9 @@ def choose_reruns(
     roles: dict[Hashable, list[Node]] = {}
     for node in offers:
         roles.setdefault(_role(node), []).append(node)
-    for nodes in roles.values():
+    for role, nodes in roles.items():
         cost = sum(hint(operations(node)) for node in nodes)
-        if cost <= budget:
+        if cost <= budget and 2 * len(nodes) >= layers[role]:
             budget -= cost
             chosen += nodes
     return chosen

@@ -80,6 +80,7 @@ def test_inputs_that_only_z_needs() -> None:
 def rerun(graph: Graph, budget: float, costly: tuple[Any, ...] = ()) -> list[str]:
     chosen = choose_reruns(
         kept_for_backward(graph, 1, free={0}),
+        graph.nodes,
         budget,
         is_free=lambda n: n.meta.get("argument") == 0,
         is_costly=lambda n: n.target in costly,
@@ -114,6 +115,18 @@ def test_a_linear_is_rerun_in_all_layers_or_in_none() -> None:
     cost = 3 * 2 * 5 * 8 * 8
     assert rerun(graph, cost - 1) == []
     assert rerun(graph, cost) == [y.name for y in ys]
+
+
+def test_a_linear_that_is_kept_in_few_of_its_layers_is_not_rerun_there() -> None:
+    b = Builder()
+    w, x = b.place("w", 8, 8), b.place("x", 5, 8)
+    ys = [b.op(aten.mm.default, b.op(aten.sin.default, x), w) for _ in range(5)]
+    for layer, y in enumerate(ys):
+        y.meta["nn_module_stack"] = {"": (f"L['self'].layers.{layer}.o_proj", None)}
+    graph = b.returns(ys[0], x, *ys[:2])
+    assert rerun(graph, 1e9) == []
+    graph.output_node().args = ((ys[0], x, *ys[:3]),)
+    assert rerun(graph, 1e9) == [y.name for y in ys[:3]]
 
 
 def test_an_explicit_checkpoint_policy_is_left_alone() -> None:
