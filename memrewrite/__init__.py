@@ -7,6 +7,8 @@ from memrewrite.api import state_dict as state_dict
 from memrewrite.dump import dump as dump
 from memrewrite.errors import MemrewriteWarning as MemrewriteWarning
 from memrewrite.errors import UnsupportedError as UnsupportedError
+from memrewrite.estimate import Estimate as Estimate
+from memrewrite.estimate import estimate as estimate
 from memrewrite.memory import SavedTensor as SavedTensor
 from memrewrite.memory import saved_tensors as saved_tensors
 from memrewrite.options import GaLore as GaLore

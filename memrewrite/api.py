@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memrewrite import optimizer
+from memrewrite import autodump, optimizer
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
-from memrewrite.sites import candidates, select
-from memrewrite.state import Session, _sessions, live_sessions, session_of, warn, why_not
+from memrewrite.sites import candidates, select, why_not
+from memrewrite.state import Session, _sessions, live_sessions, session_of, warn
 from memrewrite.watch import unwatch, watch
 from passes.base import Pass
 from passes.fold import fold_reconstruction
@@ -88,10 +88,11 @@ def compile(
     call_kwargs = dict(torch_compile_kwargs)
     engine = _engine(call_kwargs)
     session = Session(weakref.ref(model), options, engine, passes_for, request, projection)
-    compiled = torch.compile(_call_of(model), backend=session, **call_kwargs)
+    compiled = torch.compile(call_of(model), backend=session, **call_kwargs)
     model._compiled_call_impl = compiled
     _sessions[model] = session
     watch(session)
+    autodump.follow(session)
     optimizer.install()
     return model
 
@@ -120,7 +121,7 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     session_of(model).load_state_dict(state)
 
 
-def _call_of(model: nn.Module) -> Any:
+def call_of(model: nn.Module) -> Any:
     """A function of our own around the module's call.
 
     Dynamo skips frames of torch.nn, so compiling a stock module's own call compiles

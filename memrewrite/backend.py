@@ -66,10 +66,9 @@ def _compiling() -> Iterator[Compile]:
 def source_hash() -> str:
     """Of every file that decides what a graph becomes: yesterday's pass is another pass."""
     folders = (Path(passes.__file__).parent, Path(__file__).parent)
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(p for folder in folders for p in folder.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    files = sorted(p for folder in folders for p in folder.glob("*.py"))
+    content = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(torch.__version__.encode() + content).hexdigest()
 
 
 class JointPasses(CustomGraphPass):
@@ -170,7 +169,10 @@ def _is(desc: object, name: str) -> bool:
 
 
 class Engine:
-    """What turns a copied graph into code: Inductor, or the rewritten graphs as they are."""
+    """What turns a copied graph into code: Inductor, or the rewritten graphs as they are.
+
+    "aot_eager" runs them op by op; so does "trace", for estimates, with Inductor's graphs.
+    """
 
     def __init__(self, backend: str, mode: str | None, options: Any, dynamic: bool | None) -> None:
         self.backend = backend
@@ -182,8 +184,8 @@ class Engine:
     def compile(
         self, gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor
     ) -> Callable[..., Any]:
-        if self.backend == "aot_eager":
-            return _compile_eager(gm, inputs, plan, passes_for)
+        if self.backend != "inductor":
+            return _compile_eager(gm, inputs, plan, passes_for, self.backend == "trace")
         # imported late: it loads the code generators
         from torch._inductor.compile_fx import compile_fx
 
@@ -195,8 +197,7 @@ class Engine:
             "joint_custom_pre_pass": own if theirs is None else [own, *_listed(theirs)],
             "custom_partitioner_fn": ExactFirst(plan, inner),
         }
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches)
-        return compiled  # type: ignore[no-any-return]
+        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -204,12 +205,17 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _compile_eager(
-    gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor
+    gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor, simplify: bool
 ) -> Callable[..., Any]:
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
 
     def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
         _rewrite_joint(joint, plan, passes_for)
+        if simplify:
+            with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
+                joint_graph_passes(joint)
         return _split_joint(joint, joint_inputs, plan, None, **kwargs)
 
     backend: Any = aot_autograd(

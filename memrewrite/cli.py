@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import os
+import runpy
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import memrewrite
+from memrewrite import autodump, shapes
+from memrewrite.dump import dump_session
+from memrewrite.errors import UnsupportedError
+from memrewrite.estimate import estimate, trace
+from memrewrite.report import report_of
+
+PROBLEMS = (UnsupportedError, ValueError, TypeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status."""
+    """The console script. Returns the exit status: 2 for a request that cannot be honoured."""
+    parser = _parser()
+    ours, theirs = _split(list(sys.argv[1:] if argv is None else argv))
+    arguments = parser.parse_args(ours)
+    arguments.theirs = theirs
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    commands = {"sites": _sites, "estimate": _estimate, "report": _report, "dump": _dump}
+    try:
+        return commands[arguments.command](arguments)
+    except PROBLEMS as error:
+        print(f"memrewrite {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(ours, the script's): what follows the script that `dump` is to run belongs to it."""
+    if argv[:1] == ["dump"]:
+        for index, word in enumerate(argv):
+            if word.endswith(".py"):
+                return argv[: index + 1], argv[index + 1 :]
+    return argv, []
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memrewrite", description="Training memory under torch.compile."
     )
@@ -21,24 +56,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sites.add_argument("config", help="a config.json, as saved beside a Hugging Face model")
     sites.add_argument("--select", default="auto", help="auto, all, or one fnmatch pattern")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "sites":
-        return _sites(arguments.config, arguments.select)
-    parser.print_help()
-    return 0
+    guess = commands.add_parser(
+        "estimate", help="what training a model will take, without running it"
+    )
+    shapes.add_arguments(guess)
+    guess.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd or none")
+    guess.add_argument("--dynamic", action="store_true", help="formulas in B and S")
+    guess.add_argument("--fit", metavar="MEMORY", help="the largest batch, as in --fit 24GiB")
+    guess.add_argument("--json", action="store_true", help="print data instead of a table")
+    told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
+    shapes.add_arguments(told)
+    dump = commands.add_parser(
+        "dump", help="run a script and dump its compiled models, or dump a model without running"
+    )
+    shapes.add_arguments(dump, script=True)
+    dump.add_argument("--out", default="memrewrite_dump", help="directory (%(default)s)")
+    return parser
 
 
-def _sites(config: str, chosen: str) -> int:
-    import torch
+def _sites(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from memrewrite.sites import candidates, select
 
-    architectures: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = architectures.from_config(AutoConfig.from_pretrained(config))
-    found = candidates(model)
+    found = candidates(shapes.from_config(arguments.config))
+    chosen = arguments.select
     selected = select(found, chosen if chosen in ("auto", "all") else [chosen])
     rows = [
         (c.name, "x".join(map(str, c.shape)), "yes" if c.name in selected else "")
@@ -47,3 +89,62 @@ def _sites(config: str, chosen: str) -> int:
     ]
     print(tabulate(rows, ("weight", "shape", "selected")))
     return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    model, given, named = shapes.load(arguments)
+    budget = shapes.parse_bytes(arguments.fit) if arguments.fit else None
+    dynamic = arguments.dynamic or budget is not None
+    optimizer = shapes.optimizer(arguments.optimizer)
+    found = estimate(model, *given, optimizer=optimizer, dynamic=dynamic, **named)
+    if budget is not None:
+        sequence = {"S": arguments.seq} if "S" in found.symbols else {}
+        plain, rewritten = found.largest("B", budget, **sequence)
+        print(f"largest batch within {arguments.fit} at sequence {arguments.seq}:")
+        print(f"torch.compile {plain}, memrewrite {rewritten}\n")
+    if not arguments.dynamic and dynamic:
+        sizes = {"B": arguments.batch, "S": arguments.seq}
+        found = found.evaluate(**{s: sizes[s] for s in found.symbols})
+    if arguments.json:
+        import json
+
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        print(found)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    model, given, named = shapes.load(arguments)
+    session, _ = trace(model, given, named, dynamic=False)
+    print(report_of(session, model))
+    return 0
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    if arguments.model.endswith(".py"):
+        return _dump_script(arguments)
+    model, given, named = shapes.load(arguments)
+    session, _ = trace(model, given, named, dynamic=False)
+    print(dump_session(session, model, Path(arguments.out)) / "index.html")
+    return 0
+
+
+def _dump_script(arguments: argparse.Namespace) -> int:
+    """Run a script as `python SCRIPT ARGS` would, with the environment's request for dumps."""
+    os.environ[autodump.VARIABLE] = str(Path(arguments.out).resolve())
+    before, path = sys.argv, sys.path[0]
+    sys.argv = [arguments.model, *arguments.theirs]
+    sys.path[0] = str(Path(arguments.model).resolve().parent)
+    try:
+        runpy.run_path(arguments.model, run_name="__main__")
+    finally:
+        sys.argv, sys.path[0] = before, path
+        autodump.write_all()
+        del os.environ[autodump.VARIABLE]
+        written = sorted(Path(arguments.out).glob("**/index.html"))
+        if not written:
+            print(f"{arguments.model}: no model was compiled by memrewrite", file=sys.stderr)
+        for page in written:
+            print(page)
+    return 0 if written else 2

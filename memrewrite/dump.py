@@ -1,6 +1,7 @@
-"""dump(model, directory): every graph, before and after each pass, as text and as data.
+"""dump(model, directory): every graph, before and after each pass, as text, data and a page.
 
-    DIR/dump.json                    everything below, for machines; and the report
+    DIR/index.html                   all of it in one page that needs no network
+    DIR/dump.json                    everything but the listings, for machines; and the report
     DIR/report.txt                   str(memrewrite.report(model))
     DIR/graph0/0-joint.txt           the joint graph as AOTAutograd traced it
     DIR/graph0/1-<pass>.txt, .diff   behind each pass, and what it changed
@@ -20,14 +21,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from memrewrite.listing import changed, difference
 from memrewrite.optimizer import updates_of
-from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report
-from memrewrite.state import Session, session_of
+from memrewrite.page import page
+from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report_of
+from memrewrite.state import Session, Variant, session_of
 
 MARK = "dump.json"
+HALVES = ("forward", "backward", "scalars", "body", "writes")  # what no pass made
 Stages = list[tuple[str, str]]  # name, listing
 
 
@@ -38,23 +42,39 @@ def dump(model: nn.Module, directory: str | Path) -> Path:
     for a model that memrewrite did not compile or that has not run yet, FileExistsError
     for a directory that holds anything else, and OSError where it cannot be written.
     """
-    session = session_of(model)
+    return dump_session(session_of(model), model, Path(directory))
+
+
+def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:
+    """The dump of one session; see `dump`."""
+    import memrewrite
+
     if not session.graphs:
         raise ValueError(NOTHING_YET)
-    target = _prepared(Path(directory))
-    record: dict[str, Any] = {"model": type(model).__name__, "graphs": [], "updates": []}
-    for index, (names, graph) in enumerate(_graphs(session)):
-        stages = graph.pop("stages")
-        folder = target / f"graph{index}"
-        record["graphs"].append({**graph, "modules": names, "stages": _write(folder, stages)})
+    target = _prepared(directory)
+    told = report_of(session, model)
+    texts: dict[str, str] = {"report.txt": f"{told}\n"}
+    record: dict[str, Any] = {
+        "memrewrite": memrewrite.__version__,
+        "torch": torch.__version__,
+        "model": type(model).__name__,
+        "report": {**told.to_dict(), "status": told.status},
+        "graphs": [],
+        "updates": [],
+    }
+    for index, (names, variant) in enumerate(_variants(session)):
+        stages = _stages(f"graph{index}", variant.record.listings(), texts)
+        record["graphs"].append({**_graph(variant), "modules": names, "stages": stages})
     for index, update in enumerate(updates_of(session)):
-        folder = target / f"update{index}"
-        stages, kind = update.stages(), {k: str(v) for k, v in asdict(update.kind).items()}
-        record["updates"].append({"kind": kind, "stages": _write(folder, stages)})
-    told = report(model)
-    (target / "report.txt").write_text(f"{told}\n")
-    record["report"] = told.to_dict()
+        kind = {k: str(v) for k, v in asdict(update.kind).items()}
+        passes = [step.to_json() for step in update.steps]
+        stages = _stages(f"update{index}", update.stages(), texts)
+        record["updates"].append({"kind": kind, "passes": passes, "stages": stages})
+    for name, text in texts.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(text)
     (target / MARK).write_text(json.dumps(record, indent=1) + "\n")
+    (target / "index.html").write_text(page(record, texts))
     return target
 
 
@@ -72,44 +92,39 @@ def _prepared(target: Path) -> Path:
     return target
 
 
-def _graphs(session: Session) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _variants(session: Session) -> Iterator[tuple[list[str], Variant]]:
+    """Every compiled graph with the names of the weights that it is called with."""
     for graph in session.graphs:
         for variant in graph.variants.values():
-            record = variant.record
-            names = sorted(
-                {
-                    n
-                    for b in graph.bindings.values()
-                    if b.variant is variant
-                    for n in b.names.values()
-                }
-            )
-            yield (
-                names,
-                {
-                    "training": not record.inference,
-                    "note": INFERENCE_ONLY if record.inference else record.failure,
-                    "passes": record.passes,
-                    "inputs": [asdict(entry) for entry in record.inputs],
-                    "kept": [asdict(entry) for entry in record.kept],
-                    "stages": record.listings(),
-                },
-            )
+            mine = (b for b in graph.bindings.values() if b.variant is variant)
+            yield sorted({name for b in mine for name in b.names.values()}), variant
 
 
-def _write(folder: Path, stages: Stages) -> list[dict[str, Any]]:
+def _graph(variant: Variant) -> dict[str, Any]:
+    record = variant.record
+    return {
+        "training": not record.inference,
+        "note": INFERENCE_ONLY if record.inference else record.failure,
+        "passes": record.passes,
+        "inputs": [asdict(entry) for entry in record.inputs],
+        "kept": [asdict(entry) for entry in record.kept],
+        "memory": {when: asdict(memory) for when, memory in record.memory.items()} or None,
+    }
+
+
+def _stages(folder: str, stages: Stages, texts: dict[str, str]) -> list[dict[str, Any]]:
     """A file per stage, a diff per pass; returns what each one inserted and removed."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index, (name, text) in enumerate(stages):
-        halves = name in ("forward", "backward", "scalars", "body", "writes")
-        stem = name if halves else f"{index}-{name}"
-        (folder / f"{stem}.txt").write_text(text)
-        row: dict[str, Any] = {"name": name, "file": f"{folder.name}/{stem}.txt"}
-        if index and not halves:
+        stem = f"{folder}/{name}" if name in HALVES else f"{folder}/{index}-{name}"
+        texts[f"{stem}.txt"] = text
+        row: dict[str, Any] = {"name": name, "file": f"{stem}.txt"}
+        if index and name not in HALVES:
             before, old = stages[index - 1]
-            row["inserted"], row["removed"] = changed(old, text)
-            (folder / f"{stem}.diff").write_text(difference(old, text, (before, name)))
-            row["diff"] = f"{folder.name}/{stem}.diff"
+            new, gone = changed(old, text)
+            row["inserted"] = [{"name": n, "line": line} for n, line in new.items()]
+            row["removed"] = [{"name": n, "line": line} for n, line in gone.items()]
+            texts[f"{stem}.diff"] = difference(old, text, (before, name))
+            row["diff"] = f"{stem}.diff"
         rows.append(row)
     return rows

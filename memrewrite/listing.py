@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,15 +57,16 @@ def difference(before: str, after: str, names: tuple[str, str]) -> str:
     return "".join(lines)
 
 
-def changed(before: str, after: str) -> tuple[list[str], list[str]]:
-    """(inserted, removed): names of the nodes that one listing has and the other has not."""
-    old, new = (dict.fromkeys(_names(text)) for text in (before, after))
-    return [n for n in new if n not in old], [n for n in old if n not in new]
+def changed(before: str, after: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(inserted, removed): the nodes that one listing has and the other has not, with lines."""
+    old, new = _lines(before), _lines(after)
+    inserted = {name: line for name, line in new.items() if name not in old}
+    return inserted, {name: line for name, line in old.items() if name not in new}
 
 
-def _names(text: str) -> Iterable[str]:
+def _lines(text: str) -> dict[str, str]:
     lines = (line for line in text.splitlines() if not line.startswith("return "))
-    return (line.split(":")[0].split(" =")[0] for line in lines)
+    return {line.split(":")[0].split(" =")[0]: line for line in lines}
 
 
 def _target(node: Node) -> str:

@@ -236,6 +236,7 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     shared: dict[Any, tuple[Any, ...]] = {}
+    built = len(_updates)
     with contextlib.ExitStack() as stack:
         for device in {p.device.type for _, p in _members(optimizer)}:
             stack.enter_context(torch.autocast(device, enabled=False))  # as stock Adam is
@@ -249,6 +250,9 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
             if failure is not None and not attachment.warned:
                 attachment.warned = True
                 _warn_of(target, failure)
+    if len(_updates) > built:
+        for session in {target.session for target in attachment.targets.values()}:
+            session.changed()
 
 
 def _update_one(

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from memrewrite import pipeline
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.listing import listing
+from memrewrite.liveness import memory_record
 from memrewrite.plan import Plan
 from memrewrite.record import GraphRecord, InputRecord, KeptRecord
-from passes.base import Pass, arguments, copy_graph, storage_of, tensor_bytes
+from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.provenance import module_of, operation_of
 from passes.rerun import choose_reruns, freed_operations
@@ -68,6 +69,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
     state.groups = shared_inputs(found.gradients)
     state.record = GraphRecord(refused=dict(found.refused))
     state.record.inputs = _inputs(state.groups, {weight for weight, _ in plan.vectors})
+    state.record.symbols = _symbols(gm.graph)
     state.plain = copy_graph(gm.graph)
     freed = _freed(found.gradients, dict(plan.vectors), gm.graph)
     try:
@@ -101,8 +103,9 @@ def divide(
     """
     before = None
     if state.plain is not None:
-        plain, _ = default(GraphModule(gm, state.plain), outputs)
+        plain, rest = default(GraphModule(gm, state.plain), outputs)
         before = kept_for_backward(plain.graph, outputs, plan.free)
+        _remember(state.record, "before", plain.graph, rest.graph, outputs, plan)
         _mark_reruns(gm.graph, before, plan, state.freed)
     _never_rerun_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, plan, outputs, exact_first)
@@ -112,7 +115,8 @@ def divide(
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
-        state.record.kept = _kept(forward.graph, backward.graph, outputs)
+        state.record.kept = _kept(forward.graph, backward.graph, outputs, plan)
+        _remember(state.record, "after", forward.graph, backward.graph, outputs, plan)
         state.record.show("forward", listing(forward.graph))
         state.record.show("backward", listing(backward.graph))
     return forward, backward
@@ -213,6 +217,16 @@ def _freed(gradients: Sequence[WeightGradient], vectors: dict[int, int], graph: 
     )
 
 
+def _symbols(graph: Graph) -> dict[str, str]:
+    """Each dynamic size with the first "argument.dimension" that it is of."""
+    symbols: dict[str, str] = {}
+    for position, node in sorted(arguments(graph).items()):
+        for dim, length in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if isinstance(length, torch.SymInt):
+                symbols.setdefault(str(length), f"{position}.{dim}")
+    return symbols
+
+
 def _inputs(groups: list[list[WeightGradient]], selected: set[int]) -> list[InputRecord]:
     """One record per saved activation, with its weights; the split settles its fate."""
     records = []
@@ -252,8 +266,22 @@ def _settle(
     record.formula_before, record.formula_after = str(before.bytes), str(after.bytes)
 
 
-def _kept(forward: Graph, backward: Graph, outputs: int) -> list[KeptRecord]:
+def _remember(
+    record: GraphRecord | None, when: str, forward: Graph, backward: Graph, outputs: int, plan: Plan
+) -> None:
+    """Bytes over time. A prediction: where it fails the training goes on without it."""
+    if record is None:
+        return
+    try:
+        record.memory[when] = memory_record(forward, backward, outputs, plan.free, hint)
+    except Exception:
+        log.exception("no memory timeline %s the rewrite", when)
+
+
+def _kept(forward: Graph, backward: Graph, outputs: int, plan: Plan) -> list[KeptRecord]:
     returned: Any = forward.output_node().args[0]
+    tensors = [n for n in returned[outputs:] if isinstance(n.meta.get("val"), Tensor)]
+    first = {memory_of(node): node for node in reversed(tensors)}
     return [
         KeptRecord(
             name=node.name,
@@ -261,11 +289,12 @@ def _kept(forward: Graph, backward: Graph, outputs: int) -> list[KeptRecord]:
             operation=operation_of(storage_of(node)),
             shape=[n if isinstance(n, int) else str(n) for n in node.meta["val"].shape],
             dtype=str(node.meta["val"].dtype),
+            bytes=hint(tensor_bytes(memory_of(node))) if first[memory_of(node)] is node else 0,
+            lives_anyway=memory_of(node).meta.get("argument") in plan.free,
             compressed="velora_z" in storage_of(node).meta,
             used_by=list(dict.fromkeys(map(_read_as, readers(backward, [node])))),
         )
-        for node in returned[outputs:]
-        if isinstance(node.meta.get("val"), Tensor)
+        for node in tensors
     ]
 
 

@@ -21,6 +21,7 @@ class Step:
     seconds: float
     inserted: int
     removed: int
+    identity: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +58,7 @@ def _run_one(gm: GraphModule, one: Pass) -> Step:
     _check(gm.graph, old, outputs, one)
     new = {n.name for n in gm.graph.nodes}
     elapsed = time.perf_counter() - start
-    return Step(one.name, one.exact, elapsed, len(new - old), len(old - new))
+    return Step(one.name, one.exact, elapsed, len(new - old), len(old - new), one.identity)
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, Any] | None]:

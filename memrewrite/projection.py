@@ -122,7 +122,7 @@ def _outside_body(found: list[Candidate], model: nn.Module) -> dict[str, str]:
         linear = candidate.kind in ("linear", "conv1d") or (candidate.kind == "raw" and attention)
         if id(candidate.parameter) in embeddings:
             reasons[candidate.name] = "an embedding (or tied to one)"
-        elif candidate.module is head or _named_like_a_head(candidate.name):
+        elif candidate.module is head or is_head(candidate.name):
             reasons[candidate.name] = "the output head"
         elif not linear:
             reasons[candidate.name] = (
@@ -139,7 +139,8 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _named_like_a_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """True for a module that goes by one of the names of an output head."""
     return name in TOP_LEVEL_HEADS or any(fnmatchcase(name, pattern) for pattern in HEADS)
 
 

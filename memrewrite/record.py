@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+HALVES = ("forward", "backward")
+
 
 @dataclass
 class InputRecord:
@@ -42,6 +44,8 @@ class KeptRecord:
     operation: str
     shape: list[int | str]  # a text where it is symbolic
     dtype: str
+    bytes: int  # of its memory, at the first row that has it
+    lives_anyway: bool  # a parameter, a buffer or a v
     compressed: bool
     used_by: list[str]  # operations in backward
 
@@ -57,6 +61,38 @@ class KeptRecord:
 
 
 @dataclass
+class Culprit:
+    """A memory that lives at the peak."""
+
+    name: str
+    module: str
+    operation: str
+    bytes: int
+    kind: str  # saved, temporary, gradient, incoming, output, input
+
+
+@dataclass
+class MemoryRecord:
+    """Bytes over time of one graph's two halves; see `memrewrite.liveness`."""
+
+    forward: list[tuple[str, int]]  # (operation, bytes live while it runs)
+    backward: list[tuple[str, int]]
+    forward_peaks: list[str]  # formulas; the largest is the peak
+    backward_peaks: list[str]
+    gradients: int = 0  # bytes that backward returns
+    peak_bytes: int = 0
+    peak_half: str = "forward"
+    peak_index: int = 0
+    culprits: list[Culprit] = field(default_factory=list)  # the largest at the peak
+    composition: list[tuple[str, int]] = field(default_factory=list)  # all of it, by module
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MemoryRecord:
+        pairs = {key: [(str(o), int(b)) for o, b in data[key]] for key in (*HALVES, "composition")}
+        return cls(**{**data, **pairs, "culprits": [Culprit(**c) for c in data["culprits"]]})
+
+
+@dataclass
 class GraphRecord:
     """One captured graph: its inputs' fates and its totals."""
 
@@ -68,6 +104,8 @@ class GraphRecord:
     kept_after: int = 0
     formula_before: str = ""
     formula_after: str = ""
+    memory: dict[str, MemoryRecord] = field(default_factory=dict)  # "before", "after"
+    symbols: dict[str, str] = field(default_factory=dict)  # dynamic sizes: s77 -> "0.1"
     failure: str = ""  # why the rewrite was undone, if it was
     passes: list[dict[str, Any]] = field(default_factory=list)
     stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
@@ -102,7 +140,9 @@ class GraphRecord:
             kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
             stages = [(stage, packed) for stage, packed in data["stages"]]
-            read = {"inputs": inputs, "kept": kept, "refused": refused, "stages": stages}
+            memory = {k: MemoryRecord.from_json(v) for k, v in data["memory"].items()}
+            read: dict[str, Any] = {"inputs": inputs, "kept": kept, "refused": refused}
+            read |= {"stages": stages, "memory": memory}
             return cls(**{**data, **read})
         except (OSError, ValueError, TypeError, KeyError):
             return None

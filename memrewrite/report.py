@@ -9,10 +9,11 @@ from typing import Any, Literal
 from tabulate import tabulate
 from torch import nn
 
+from memrewrite.liveness import dominates
 from memrewrite.optimizer_report import OptimizerRow, optimizer_rows, table
 from memrewrite.record import GraphRecord, InputRecord
-from memrewrite.sites import Candidate, candidates
-from memrewrite.state import Binding, Session, session_of, why_not
+from memrewrite.sites import Candidate, candidates, why_not
+from memrewrite.state import Binding, Session, session_of
 
 NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
 INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
@@ -49,12 +50,14 @@ class Report:
     status: str
     optimizer: tuple[OptimizerRow, ...] = ()
     optimizer_status: str = ""
+    dominates: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """{"sites": [...], "optimizer": [...], "totals": {...}}"""
         sites = [{**asdict(row), "shape": list(row.shape)} for row in self.sites]
         optimizer = [{**asdict(row), "shape": list(row.shape)} for row in self.optimizer]
-        return {"sites": sites, "optimizer": optimizer, "totals": dict(self.totals)}
+        totals = {**self.totals, "dominates": self.dominates}
+        return {"sites": sites, "optimizer": optimizer, "totals": totals}
 
     def __str__(self) -> str:
         rows = [
@@ -70,6 +73,8 @@ class Report:
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
         text = f"{tabulate(rows, header, tablefmt='simple', intfmt=',')}\n\n{self.status}"
+        if self.dominates:
+            text += f"\n{self.dominates}"
         if self.optimizer:
             text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
         return text
@@ -85,9 +90,15 @@ def report(model: nn.Module) -> Report:
     several weights share is counted at the first of them.
     `optimizer` has one row per trained parameter where GaLore is on; the bytes of its
     state are predicted until an optimizer has stepped.
+    `peak_bytes_before` and `peak_bytes_after` in the totals are predicted from the liveness
+    of the largest graph: activations and gradients, without what lives all the time.
     Raises ValueError for a model that memrewrite did not compile.
     """
-    session = session_of(model)
+    return report_of(session_of(model), model)
+
+
+def report_of(session: Session, model: nn.Module) -> Report:
+    """The report of one session; see `report`."""
     projected, projected_status = optimizer_rows(session, model)
     found = candidates(model)
     bindings = [b for g in session.graphs for b in g.bindings.values()]
@@ -101,7 +112,9 @@ def report(model: nn.Module) -> Report:
     chosen = session.selected(found)
     rows = list(_rows(session, found, chosen, fates))
     totals = _totals(_latest(graphs)) | _state_totals(projected)
-    return Report(tuple(rows), totals, _summary(totals, graphs), projected, projected_status)
+    owners = dominates(b.variant.record for b in graphs)
+    status = _summary(totals, graphs)
+    return Report(tuple(rows), totals, status, projected, projected_status, owners)
 
 
 @dataclass(frozen=True)
@@ -211,7 +224,13 @@ def _totals(records: list[GraphRecord]) -> dict[str, Any]:
         "saved_bytes_after": sum(r.kept_after for r in records),
         "formula_before": " + ".join(r.formula_before for r in records),
         "formula_after": " + ".join(r.formula_after for r in records),
+        "peak_bytes_before": _peak(records, "before"),
+        "peak_bytes_after": _peak(records, "after"),
     }
+
+
+def _peak(records: list[GraphRecord], when: str) -> int:
+    return max((r.memory[when].peak_bytes for r in records if when in r.memory), default=0)
 
 
 def _state_totals(rows: tuple[OptimizerRow, ...]) -> dict[str, int]:

@@ -26,7 +26,7 @@ from typing import Literal
 
 from torch import nn
 
-from memrewrite.options import Sites
+from memrewrite.options import Sites, VeLoRA
 
 VALUE = ("*.v_proj", "*.value", "*.value_proj", "*.v_lin", "*.to_v", "*Attention.v")
 DOWN = (
@@ -164,3 +164,24 @@ def _parent(name: str) -> str:
 def _shortened(names: list[str], most: int = 8) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def why_not(candidate: Candidate, velora: VeLoRA | None) -> str | None:
+    """The reason, known before any graph is, why a selected candidate stays exact."""
+    if candidate.kind == "stack":
+        return (
+            f"a stack of {candidate.shape[0]} expert weights: grouped and indexed matmuls "
+            "are not rewritten"
+        )
+    if not candidate.parameter.requires_grad:
+        return "not trained"
+    if not candidate.parameter.dtype.is_floating_point:
+        return f"{candidate.parameter.dtype} weights are not rewritten"
+    if velora is not None and velora.subtoken_size == 1:
+        return "too small to gain anything: one number per channel"
+    if velora is not None and candidate.features < velora.subtoken_size:
+        return (
+            f"too small to gain anything: {candidate.features} input features, "
+            f"sub-token size {velora.subtoken_size}"
+        )
+    return None

@@ -24,16 +24,17 @@ from torch.fx import GraphModule
 from memrewrite import calibrate
 from memrewrite.backend import Engine, Weight, capture
 from memrewrite.errors import MemrewriteWarning
+from memrewrite.logs import tell
 from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor
 from memrewrite.record import GraphRecord
-from memrewrite.sites import Candidate, candidates, select
+from memrewrite.sites import Candidate, candidates, select, why_not
 
 PREFIX = "velora.v."
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One compiled model: its options, its vectors, its graphs. Also its torch backend."""
 
@@ -48,6 +49,7 @@ class Session:
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
     graphs: list[Graph] = field(default_factory=list)
     called: bool = False
+    on_change: Callable[[Session], None] | None = None  # a graph or an update was compiled
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -55,7 +57,12 @@ class Session:
         self.called = True
         graph = Graph(self, gm, inputs)  # raises where Dynamo wants to trace once more
         self.graphs.append(graph)
+        self.changed()
         return graph
+
+    def changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self)
 
     def selected(self, found: list[Candidate]) -> set[str]:
         return select(found, self.velora.sites) if self.velora else set()
@@ -215,6 +222,7 @@ class Graph:
             self.variants[wanted] = self._compile(args, selected)
         parameters: list[Any] = [(i, weakref.ref(args[i])) for i in self.positions]
         binding = Binding(self.variants[wanted], names, parameters)
+        tell(binding.variant.record, names)
         self.bindings[tuple(id(args[i]) for i in self.positions)] = binding
         return binding
 
@@ -291,27 +299,6 @@ def _equalise(totals: list[Tensor]) -> None:
             dist.all_reduce(total)
 
 
-def why_not(candidate: Candidate, velora: VeLoRA | None) -> str | None:
-    """The reason, known before any graph is, why a selected candidate stays exact."""
-    if candidate.kind == "stack":
-        return (
-            f"a stack of {candidate.shape[0]} expert weights: grouped and indexed matmuls "
-            "are not rewritten"
-        )
-    if not candidate.parameter.requires_grad:
-        return "not trained"
-    if not candidate.parameter.dtype.is_floating_point:
-        return f"{candidate.parameter.dtype} weights are not rewritten"
-    if velora is not None and velora.subtoken_size == 1:
-        return "too small to gain anything: one number per channel"
-    if velora is not None and candidate.features < velora.subtoken_size:
-        return (
-            f"too small to gain anything: {candidate.features} input features, "
-            f"sub-token size {velora.subtoken_size}"
-        )
-    return None
-
-
 def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weight:
     assert velora is not None
     parameter = candidate.parameter
@@ -331,6 +318,11 @@ def session_of(model: nn.Module) -> Session:
             "either); call memrewrite.compile(model) first"
         )
     return session
+
+
+def known_session(model: nn.Module) -> Session | None:
+    """The session of a model, if memrewrite compiled it."""
+    return _sessions.get(model)
 
 
 def running() -> Binding | None:

@@ -20,6 +20,7 @@ from torch.optim.adam import adam
 from memrewrite import pipeline
 from memrewrite.backend import Engine, compile_update
 from memrewrite.listing import listing
+from memrewrite.pipeline import Step
 from passes.accumulate import accumulate_in_place
 from passes.adam import HYPERPARAMETERS, hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass
@@ -73,6 +74,7 @@ class Update:
 
     kind: Kind
     traced: list[tuple[str, str]]  # (stage, listing), from torch's update to the last pass
+    steps: list[Step]  # what each pass did
     pieces: Pieces
     body: Callable[..., Any]  # pieces.body, compiled
 
@@ -104,12 +106,12 @@ def build(kind: Kind, engine: Engine) -> Update:
     def after(one: Pass, graph: Graph) -> None:
         traced.append((one.name, listing(graph)))
 
-    pipeline.run(gm, [hyperparameters_as_inputs(), project_updates({W: projection})], after)
-    pipeline.run(gm, LOWERING, after)
+    todo = [hyperparameters_as_inputs(), project_updates({W: projection}), *LOWERING]
+    steps = pipeline.run(gm, todo, after)
     dtype = torch.float64 if kind.dtype == torch.float64 else torch.float32
     pieces = cut(gm, dtype)
     body = compile_update(pieces.body, engine)
-    return Update(kind, traced, pieces, body)
+    return Update(kind, traced, steps, pieces, body)
 
 
 LOWERING: list[Pass] = [lower_fused_adam(), lower_ir_ops(), accumulate_in_place()]

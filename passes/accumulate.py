@@ -26,7 +26,8 @@ def accumulate_in_place() -> Pass:
             _accumulate(write)
         gm.graph.eliminate_dead_code()
 
-    return Pass("accumulate_in_place", rewrite, exact=True)
+    identity = "copy_(W, c W + s a b) = addmm_(W, a, b, beta=c, alpha=s)"
+    return Pass("accumulate_in_place", rewrite, exact=True, identity=identity)
 
 
 def _accumulate(write: Node) -> None:

@@ -42,7 +42,8 @@ def hyperparameters_as_inputs() -> Pass:
                 for node in written:
                     node.update_kwarg(name, place)
 
-    return Pass("hyperparameters_as_inputs", rewrite, exact=True)
+    identity = "a number and a 0-d input that holds it are the same number"
+    return Pass("hyperparameters_as_inputs", rewrite, exact=True, identity=identity)
 
 
 def lower_fused_adam() -> Pass:
@@ -54,7 +55,8 @@ def lower_fused_adam() -> Pass:
                 _update(fused, w, g, m, v, *rest)
             gm.graph.erase_node(fused)
 
-    return Pass("lower_fused_adam", rewrite, exact=True)
+    identity = "the definition of torch's fused Adam(W) kernel, in plain aten"
+    return Pass("lower_fused_adam", rewrite, exact=True, identity=identity)
 
 
 def _fused(gm: GraphModule) -> list[Node]:

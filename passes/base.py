@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ VIEWS = {
     aten.unsqueeze.default,
     aten.alias.default,
     aten.detach.default,
+}
+ALIASES = VIEWS | {  # a part of a memory, or a repetition of it, is no memory of its own
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.as_strided.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.diagonal.default,
 }
 CONVERT = torch.ops.prims.convert_element_type.default  # what Inductor fuses
 CASTS = {aten._to_copy.default, CONVERT}
@@ -62,6 +73,7 @@ class Pass:
     rewrite: Callable[[GraphModule], None] = field(compare=False, repr=False)
     exact: bool  # the same function over the reals; False changes the gradient
     key: tuple[Hashable, ...] = ()  # the configuration it was built with
+    identity: str = field(default="", compare=False)  # what makes it legal, in one line
 
 
 def copy_graph(graph: Graph) -> Graph:
@@ -116,8 +128,15 @@ def operand(node: Node, index: int) -> Node:
 
 
 def storage_of(node: Node) -> Node:
-    """The node whose memory `node` is a view of."""
+    """The node whose values `node` is a view of: all of them, each once."""
     while node.target in VIEWS:
+        node = operand(node, 0)
+    return node
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory this one lies in: a view of all of it, or of a part."""
+    while node.target in ALIASES or (node.target is getitem and operand(node, 0).target in ALIASES):
         node = operand(node, 0)
     return node
 

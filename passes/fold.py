@@ -34,7 +34,8 @@ def fold_reconstruction() -> Pass:
                 _replace(node, call(node, aten.permute.default, folded, [1, 0]))
         gm.graph.eliminate_dead_code()
 
-    return Pass("fold_reconstruction", rewrite, exact=True)
+    identity = "dy^T (z (x) v) = (dy^T z) (x) v: a matmul M times narrower, and no x_hat"
+    return Pass("fold_reconstruction", rewrite, exact=True, identity=identity)
 
 
 def _transposed_reconstruction(node: Node) -> bool:

@@ -52,7 +52,8 @@ def project_updates(projections: Mapping[int, Projection]) -> Pass:
             _split(fused, projections, place)
 
     key = tuple(sorted((w, p.projector, p.left, p.scale) for w, p in projections.items()))
-    return Pass("project_updates", rewrite, exact=False, key=key)
+    identity = "Adam on R = P^T G (or G P), then W += scale P Z (or Z P^T)"
+    return Pass("project_updates", rewrite, exact=False, key=key, identity=identity)
 
 
 def _split(fused: Node, projections: Mapping[int, Projection], place: dict[int, Node]) -> None:

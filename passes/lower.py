@@ -30,7 +30,8 @@ def lower_ir_ops() -> Pass:
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
 
-    return Pass("lower_ir_ops", rewrite, exact=True)
+    identity = "the definitions of the IR ops, in plain aten"
+    return Pass("lower_ir_ops", rewrite, exact=True, identity=identity)
 
 
 def _compress(node: Node) -> Node:

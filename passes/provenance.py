@@ -7,6 +7,7 @@ import re
 from torch.fx import Node
 
 ROOT = re.compile(r"^L\['\w+'\]\.?")
+NO_CODE = ("File ", "^", "~", "Gradient addition node")
 INDEX = re.compile(r"_modules\['([^']+)'\]|\[(?:'([^']+)'|(\d+))\]")
 
 
@@ -24,7 +25,7 @@ def module_of(node: Node) -> str:
 def source_of(node: Node) -> str:
     """The user's line of code, without its file; "" where tracing kept none."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    code = [line for line in lines if line and not line.startswith(("File ", "^", "~"))]
+    code = [line for line in lines if line and not line.startswith(NO_CODE)]
     return code[-1] if code else ""
 
 

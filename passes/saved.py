@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from passes.base import VIEWS, storage_of, tensor_bytes
+from passes.base import VIEWS, memory_of, storage_of, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Kept:
 
     def named(self, names: Collection[str]) -> Node | None:
         """The kept memory of one of these nodes, if any is kept."""
-        return next((node for node in self.handed if node.name in names), None)
+        for memory, views in self.handed.items():
+            if memory.name in names or any(storage_of(v).name in names for v in views):
+                return memory
+        return None
 
 
 def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -> Kept:
@@ -44,7 +47,7 @@ def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -
     handed: dict[Node, tuple[Node, ...]] = {}
     returned: Any = output.args[0]
     for node in returned[num_outputs:]:
-        root = storage_of(node)
+        root = memory_of(node)
         value = root.meta.get("val")
         if isinstance(value, torch.Tensor) and root.meta.get("argument") not in free:
             root = roots.setdefault(value.untyped_storage()._cdata, root)

@@ -41,7 +41,8 @@ def compress_saved_inputs(
             _compress(group, placeholder[vectors[leader]], scale)
 
     key = (tuple(sorted(vectors.items())), weights, scale)
-    return Pass("compress_saved_inputs", rewrite, exact=False, key=key)
+    identity = "dW = scale dy^T x_hat, x_hat = z (x) v, z[n,g] = <x[n, gM:gM+M], v>"
+    return Pass("compress_saved_inputs", rewrite, exact=False, key=key, identity=identity)
 
 
 def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:

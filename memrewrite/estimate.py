@@ -1,0 +1,287 @@
+"""estimate(model, *inputs): what a training step will take, before anything is run.
+
+The model is copied without memory, captured, rewritten and split exactly as it would be
+for training; no code is generated and no step is run. Saved bytes are then those of the
+compiled program; peaks are predictions from the liveness of its graphs.
+
+    forward    weights + state + what the forward holds at its worst moment
+    backward   weights + state + what is still saved, temporaries, gradients so far
+    step       weights + state + all gradients + the optimizer's temporaries
+    refresh    the same with a projector's decomposition in place of them
+
+Code, the interpreter and what a library keeps for itself are not in these figures.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.optim import Optimizer
+
+from memrewrite.api import call_of, passes_for
+from memrewrite.backend import Engine
+from memrewrite.errors import UnsupportedError
+from memrewrite.fake import fake_mode, without_memory
+from memrewrite.liveness import dominates
+from memrewrite.optimizer_state import Kept, state_of
+from memrewrite.record import GraphRecord, MemoryRecord
+from memrewrite.state import Session, known_session
+
+Bytes = Any  # an int; a sympy expression where sizes are dynamic
+MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One way to train: bytes that are held, and predicted peaks of each phase.
+
+    saved: activations between forward and backward, exactly.
+    refresh_peak: None where nothing is projected.
+    """
+
+    parameters: Bytes
+    buffers: Bytes
+    gradients: Bytes
+    optimizer_state: Bytes
+    saved: Bytes
+    forward_peak: Bytes
+    backward_peak: Bytes
+    step_peak: Bytes
+    refresh_peak: Bytes | None = None
+
+    @property
+    def peak(self) -> Bytes:
+        """Of a whole training step."""
+        peaks = [self.forward_peak, self.backward_peak, self.step_peak]
+        if self.refresh_peak is not None:
+            peaks.append(self.refresh_peak)
+        return max(peaks) if all(isinstance(p, int) for p in peaks) else sympy.Max(*peaks)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plain and the rewritten program side by side; printable as a table.
+
+    symbols: what each free symbol stands for; empty unless dynamic.
+    dominates: the largest shares of the rewritten program's activation peak, in words.
+    """
+
+    plain: Program
+    rewritten: Program
+    symbols: dict[str, str]
+    dominates: str
+
+    def evaluate(self, **sizes: int) -> Estimate:
+        """The same in numbers, `evaluate(B=8, S=512)`. Raises ValueError for missing sizes."""
+        missing = sorted(set(self.symbols) - set(sizes))
+        if missing or set(sizes) - set(self.symbols):
+            known = ", ".join(f"{s} ({m})" for s, m in self.symbols.items()) or "no symbol"
+            raise ValueError(f"this estimate is in {known}; got {sorted(sizes) or 'nothing'}")
+        values = {sympy.Symbol(k, integer=True, positive=True): v for k, v in sizes.items()}
+
+        def number(value: Bytes) -> Bytes:
+            return int(value.subs(values)) if isinstance(value, sympy.Basic) else value
+
+        def program(of: Program) -> Program:
+            return Program(**{key: number(value) for key, value in vars(of).items()})
+
+        return Estimate(program(self.plain), program(self.rewritten), {}, self.dominates)
+
+    def largest(self, symbol: str, budget: int, **sizes: int) -> tuple[int, int]:
+        """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 for none.
+
+        The other symbols are fixed by `sizes`. Raises ValueError as `evaluate` does.
+        """
+
+        def fits(which: str, value: int) -> bool:
+            peak: int = getattr(self.evaluate(**{symbol: value}, **sizes), which).peak
+            return peak <= budget
+
+        def search(which: str) -> int:
+            high = 1
+            while fits(which, high) and high < 2**40:
+                high *= 2
+            low = high // 2
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(which, middle) else (low, middle)
+            return low
+
+        return search("plain"), search("rewritten")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; formulas as text."""
+
+        def plain(of: Program) -> dict[str, Any]:
+            values = {**vars(of), "peak": of.peak}
+            return {k: str(v) if isinstance(v, sympy.Basic) else v for k, v in values.items()}
+
+        return {
+            "torch.compile": plain(self.plain),
+            "memrewrite": plain(self.rewritten),
+            "symbols": dict(self.symbols),
+            "dominates": self.dominates,
+        }
+
+    def __str__(self) -> str:
+        rows = []
+        for key in (*asdict(self.plain), "peak"):
+            before, after = getattr(self.plain, key), getattr(self.rewritten, key)
+            if before is not None or after is not None:
+                rows.append(
+                    (key.replace("_", " "), _shown(before), _shown(after), _ratio(before, after))
+                )
+        header = ("bytes", "torch.compile", "memrewrite", "ratio")
+        text = tabulate(rows, header, tablefmt="simple", stralign="right", disable_numparse=True)
+        meanings = [f"{symbol}: {meaning}" for symbol, meaning in self.symbols.items()]
+        return "\n".join([text, "", *meanings, self.dominates])
+
+
+def _shown(value: Bytes | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _ratio(before: Bytes | None, after: Bytes | None) -> str:
+    if isinstance(before, int) and isinstance(after, int) and before:
+        return f"{after / before:.3f}"
+    return ""
+
+
+def estimate(
+    model: nn.Module,
+    *args: Any,
+    optimizer: MakeOptimizer = None,
+    dynamic: bool = False,
+    **kwargs: Any,
+) -> Estimate:
+    """Predict the memory of training `model(*args, **kwargs)`; needs no memory of that size.
+
+    The rewritten program is that of the options the model was compiled with, by
+    `memrewrite.compile`; of exact rewrites alone where it was not. `optimizer` is an
+    optimizer over the model's parameters, a callable that makes one (`torch.optim.AdamW`),
+    or None for no state. With `dynamic=True` the sizes of the inputs are symbols: B and S are
+    the first two dimensions of the first input. Tensors on the meta device count as CPU's.
+
+    Raises UnsupportedError where capture fails, where nothing is trained, or where the
+    optimizer's state cannot be told.
+    """
+    session = known_session(model)
+    galore = session.galore if session else None
+    traced, fake = trace(model, args, kwargs, dynamic)
+    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [record for record in records if not record.inference]
+    if not records:
+        raise UnsupportedError(
+            "nothing in this call is trained: no parameter requires a gradient, or the model "
+            "runs under torch.no_grad()"
+        )
+    symbols = _symbols(records)
+    plain, rewritten = state_of(model, optimizer, galore)
+    return Estimate(
+        _program(fake, records, "before", plain, symbols),
+        _program(fake, records, "after", rewritten, symbols),
+        {str(symbol): meaning for symbol, meaning in symbols.values()},
+        dominates(records),
+    )
+
+
+def trace(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: bool
+) -> tuple[Session, nn.Module]:
+    """Capture, rewrite and split a model without memory: its session, and the copy it is of.
+
+    The options are those that the model was compiled with, none where it was not.
+    """
+    known = known_session(model)
+    velora = known.velora if known else None
+    if velora is not None:
+        velora = replace(velora, init="ones")  # the same bytes, and no calibration
+    mode = fake_mode(dynamic)
+    fake, inputs, keywords = without_memory(mode, model, args, kwargs)
+    engine = Engine("trace", None, None, dynamic)
+    galore = known.galore if known else None
+    session = Session(weakref.ref(fake), velora, engine, passes_for, {}, galore)
+    try:
+        with mode, torch.enable_grad():
+            compiled: Any = torch.compile(call_of(fake), backend=session, dynamic=dynamic)
+            compiled(*inputs, **keywords)
+    except Exception as error:
+        raise UnsupportedError(f"{type(model).__name__} could not be captured: {error}") from error
+    return session, fake
+
+
+# --- adding up -----------------------------------------------------------------------------
+
+
+def _program(
+    model: nn.Module, records: list[GraphRecord], when: str, kept: Kept, symbols: dict[str, Any]
+) -> Program:
+    """Graphs run one after the other forward, and in reverse order backward."""
+    saved = [_sum(getattr(r, f"formula_{when}"), symbols) for r in records]
+    memory = [_memory(r, when) for r in records]
+    gradients = [m.gradients for m in memory]
+    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    parameters = sum(p.nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    always = parameters + buffers + kept.state
+    forward, backward = [], []
+    for index, record in enumerate(memory):
+        earlier = sum(saved[:index], 0)
+        later = sum(gradients[index + 1 :], 0)
+        forward += [always + earlier + _sum(peak, symbols) for peak in record.forward_peaks]
+        backward += [
+            always + earlier + later + _sum(peak, symbols) for peak in record.backward_peaks
+        ]
+    return Program(
+        parameters=parameters,
+        buffers=buffers,
+        gradients=total,
+        optimizer_state=kept.state,
+        saved=sum(saved, 0),
+        forward_peak=_largest(forward),
+        backward_peak=_largest(backward),
+        step_peak=always + total + kept.step,
+        refresh_peak=None if kept.refresh is None else always + total + kept.refresh,
+    )
+
+
+def _memory(record: GraphRecord, when: str) -> MemoryRecord:
+    memory = record.memory.get(when) or record.memory.get("before")
+    if memory is None:
+        raise UnsupportedError("a graph could not be followed; see the log for the reason")
+    return memory
+
+
+def _sum(formula: str, symbols: dict[str, Any]) -> Bytes:
+    if formula.lstrip("-").isdigit():
+        return int(formula)
+    names = {old: symbol for old, (symbol, _) in symbols.items()}
+    return sympy.expand(sympy.sympify(formula, locals=names))
+
+
+def _largest(values: list[Bytes]) -> Bytes:
+    return max(values) if all(isinstance(v, int) for v in values) else sympy.Max(*values)
+
+
+def _symbols(records: list[GraphRecord]) -> dict[str, tuple[sympy.Symbol, str]]:
+    """Each symbol of the graphs under a name that users know: B and S first, then n2, n3 ..."""
+    found: dict[str, tuple[int, int]] = {}
+    for record in records:
+        for name, place in record.symbols.items():
+            argument, dim = map(int, place.split("."))
+            found[name] = min(found.get(name, (argument, dim)), (argument, dim))
+    named: dict[str, tuple[sympy.Symbol, str]] = {}
+    for index, (name, (_, dim)) in enumerate(sorted(found.items(), key=lambda item: item[1])):
+        label = ("B", "S")[index] if index < 2 else f"n{index}"
+        meaning = f"dimension {dim} of an input"
+        named[name] = (sympy.Symbol(label, integer=True, positive=True), meaning)
+    return named

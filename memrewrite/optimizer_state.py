@@ -1,0 +1,114 @@
+"""What an optimizer will hold, and what its step and a refresh need for a moment: by formula.
+
+Stock Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD one
+with momentum. A projected weight keeps what `projection.projected_numbers` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from memrewrite.errors import UnsupportedError
+from memrewrite.options import GaLore
+from memrewrite.projection import Site, projected_numbers, sites_of
+from memrewrite.projector import OVERSAMPLING
+
+MOMENTS: dict[type[Optimizer], Callable[[dict[str, Any]], int]] = {
+    optim.Adam: lambda group: 3 if group["amsgrad"] else 2,
+    optim.AdamW: lambda group: 3 if group["amsgrad"] else 2,
+    optim.NAdam: lambda group: 2,
+    optim.RAdam: lambda group: 2,
+    optim.Adamax: lambda group: 2,
+    optim.Adagrad: lambda group: 1,
+    optim.RMSprop: lambda group: 1 + bool(group["momentum"]) + bool(group["centered"]),
+    optim.SGD: lambda group: int(bool(group["momentum"])),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of an optimizer's state, of its step's temporaries, and of a refresh's."""
+
+    state: int
+    step: int = 0
+    refresh: int | None = None
+
+
+def state_of(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    galore: GaLore | None,
+) -> tuple[Kept, Kept]:
+    """(plain, rewritten) of an optimizer over all of a model's trained parameters.
+
+    Raises UnsupportedError for an optimizer whose state is not known here.
+    """
+    if optimizer is None:
+        return Kept(0), Kept(0)
+    if not isinstance(optimizer, Optimizer):
+        optimizer = optimizer(model.parameters())
+    kind = type(optimizer)
+    if kind not in MOMENTS:
+        known = ", ".join(k.__name__ for k in MOMENTS)
+        raise UnsupportedError(f"the state of {kind.__name__} is not known here; known: {known}")
+    if galore is not None and kind not in (optim.Adam, optim.AdamW):
+        raise UnsupportedError(f"GaLore projects Adam and AdamW, not {kind.__name__}")
+    group = optimizer.param_groups[0]
+    moments = MOMENTS[kind](group)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = Kept(moments * sum(p.nbytes for p in trained), _temporaries(trained, group))
+    if galore is None:
+        return plain, plain
+    sites = sites_of(model, galore).projected
+    projected = {id(site.candidate.parameter) for site in sites}
+    rest = [p for p in trained if id(p) not in projected]
+    state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
+    step = max([_temporaries(rest, group), *(_update(s) for s in sites)])
+    return plain, Kept(state, step, max((_refresh(s, galore) for s in sites), default=None))
+
+
+def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
+    """Fused: none. foreach: one more of everything. One by one: three of the largest."""
+    if group.get("fused"):
+        return 0
+    sizes = [p.nbytes for p in parameters]
+    foreach = group.get("foreach")
+    if foreach or (foreach is None and any(p.device.type == "cuda" for p in parameters)):
+        return sum(sizes)
+    return 3 * max(sizes, default=0)
+
+
+def _projected(site: Site, moments: int) -> int:
+    parameter = site.candidate.parameter
+    numbers = projected_numbers(site.candidate.shape, site.rank, site.left, moments)
+    return numbers * parameter.element_size()
+
+
+def _update(site: Site) -> int:
+    """R and Z, (r, other) each, in float32 at least."""
+    _, other = _sides(site)
+    return 2 * site.rank * other * max(4, site.candidate.parameter.element_size())
+
+
+def _refresh(site: Site, galore: GaLore) -> int:
+    """The gradient in float32, normalised, and the factors of its decomposition."""
+    side, other = _sides(site)
+    size = site.candidate.parameter.element_size()
+    copies = 1 if size >= 4 else 2
+    if galore.refresh == "svd":
+        factors = side * min(side, other) + min(side, other) * other
+        factors += side * other  # LAPACK's own copy
+    else:
+        k = min(site.rank + OVERSAMPLING, side, other)
+        factors = 2 * k * (side + other)
+    return max(4, size) * (copies * side * other + factors)
+
+
+def _sides(site: Site) -> tuple[int, int]:
+    numel, rows = site.candidate.parameter.numel(), site.candidate.shape[0]
+    return (rows, numel // rows) if site.left else (numel // rows, rows)

@@ -1,0 +1,152 @@
+"""Models and inputs by description, without memory: what the shell commands are asked about.
+
+A MODEL is a Hugging Face config.json, one of the GaLore paper's LLaMA shapes by name
+(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), or `module:function`, a callable that returns
+(model, args, kwargs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import memrewrite
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# hidden, intermediate, layers, heads, key-value heads; vocabulary 32000. GaLore: arXiv
+# 2403.03507, table 5 and its configs; 70b: arXiv 2307.09288.
+LLAMA = {
+    "llama-60m": (512, 1376, 8, 8, 8),
+    "llama-130m": (768, 2048, 12, 12, 12),
+    "llama-350m": (1024, 2736, 24, 16, 16),
+    "llama-1b": (2048, 5461, 24, 32, 32),
+    "llama-7b": (4096, 11008, 32, 32, 32),
+    "llama-70b": (8192, 28672, 80, 64, 8),
+}
+UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adam": functools.partial(torch.optim.Adam, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-3),
+    "none": None,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> None:
+    """The flags that describe a model, its inputs and what is to be rewritten."""
+    what = "a script.py, or " if script else ""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        help=f"{what}a config.json, {', '.join(LLAMA)}, or module:function",
+    )
+    parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
+    parser.add_argument("--batch", type=_positive, default=1)
+    parser.add_argument("--seq", type=_positive, default=2048)
+    parser.add_argument("--vocab", type=_positive, help="another vocabulary than the model's")
+    parser.add_argument("--layers", type=_positive, help="another depth than the model's")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--checkpointing", action="store_true", help="of each layer")
+    parser.add_argument("--velora", action="store_true")
+    parser.add_argument("--subtoken-size", type=_positive, default=16)
+    parser.add_argument("--sites", default="auto", help="of velora: auto, all or a pattern")
+    parser.add_argument("--galore-rank", type=_positive)
+
+
+def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model that the flags describe, compiled with the options they ask for, and inputs."""
+    name = arguments.hf_config or arguments.model
+    if not name:
+        raise ValueError("name a model: a config.json, a known shape, or module:function")
+    if ":" in name:
+        model, given, named = _called(name)
+    else:
+        model = from_config(name, arguments.vocab, arguments.layers)
+        model.to(dtype=DTYPES[arguments.dtype])
+        if arguments.checkpointing:
+            checkpointed: Any = model
+            checkpointed.gradient_checkpointing_enable()
+        with torch.device("meta"):
+            ids = torch.zeros(arguments.batch, arguments.seq, dtype=torch.int64)
+        given, named = (), {"input_ids": ids, "labels": ids}
+    sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
+    velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
+    memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank)
+    return model, given, named
+
+
+def from_config(name: str, vocab: int | None = None, layers: int | None = None) -> nn.Module:
+    """A causal language model on the meta device. Raises ValueError for an unknown one."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install 'memrewrite[hf]'") from error
+    config: Any
+    if name in LLAMA:
+        hidden, intermediate, depth, heads, kv_heads = LLAMA[name]
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=32000,
+            max_position_embeddings=4096,
+        )
+    elif Path(name).exists():
+        config = AutoConfig.from_pretrained(name)
+    else:
+        raise ValueError(f"{name!r} is neither a file nor one of {', '.join(LLAMA)}")
+    config.use_cache = False
+    if vocab is not None:
+        config.vocab_size = vocab
+    if layers is not None:
+        config.num_hidden_layers = layers
+    architectures: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = architectures.from_config(config)
+    return model.train()
+
+
+def _called(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    module, _, function = name.partition(":")
+    made = getattr(importlib.import_module(module), function)()
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
+        raise ValueError(f"{name} must return (model, args, kwargs)")
+    return made
+
+
+def optimizer(name: str) -> Callable[[Iterable[nn.Parameter]], Optimizer] | None:
+    """An optimizer by name. Raises ValueError for an unknown one."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r} is none of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` as bytes; GB, MiB, MB and plain numbers too. Raises ValueError for others."""
+    for unit, size in UNITS.items():
+        number = text.removesuffix(unit)
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+            value = float(number) * size
+            if math.isfinite(value) and value >= 1:
+                return int(value)
+    raise ValueError(f"{text!r} is no amount of memory; write 24GiB, 24GB, 800MiB or bytes")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value

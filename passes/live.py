@@ -1,0 +1,248 @@
+"""Which memories live when: the bytes of one half of a split, operation by operation.
+
+A code generator allocates less than a graph has values. What it calls from a library (a
+matmul, attention, a scatter) reads and writes memory; the pointwise work and the
+reductions between two such calls become kernels, and what is made and used up within
+one such stretch never reaches memory. So a value has a buffer
+
+    if a library call makes or reads it, or the half returns it, or
+    if it is read again on the far side of a library call and is too dear to compute twice:
+       it reads more than four buffers (Inductor's own threshold), or sums over many values.
+
+Anything else is computed where it is read. A buffer lives from the operation that makes it
+to the last one that reads it, itself or through values that have none. Reads the graph only;
+sizes stay symbolic. What it predicts is compared with processes in docs/results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.base import ALIASES, aten, memory_of, operand, tensor_bytes
+
+Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
+
+CREATED = {  # computed where they are read, from nothing
+    aten.full.default,
+    aten.arange.start_step,
+    aten.arange.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+    torch.ops.prims.iota.default,
+}
+CALLS = (  # parts of names: library calls, and kernels that no neighbour fuses into
+    "mm",
+    "scaled_dot_product",
+    "attention",
+    "convolution",
+    "_linear",
+    "embedding_dense_backward",
+    "index_put",
+    "scatter",
+    "index_add",
+    "sort",
+    "topk",
+    "cum",
+    "_fft",
+    "pool",
+    "upsample",
+    "linalg",
+    "bernoulli",
+)
+REDUCTIONS = {"sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "argmax", "argmin"}
+OWN = ("saved", "temporary")  # may be written over; the caller may hold the others
+MANY_READS, MANY_OPERATIONS = 4, 30  # Inductor's realize_reads_, realize_opcount_threshold
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One memory: made at position `start` of the graph, last read at `stop`."""
+
+    node: Node
+    kind: Kind
+    start: int
+    stop: int
+    bytes: Any  # symbolic under dynamic shapes
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The buffers of one half of a split, in the order of the graph."""
+
+    nodes: tuple[Node, ...]
+    buffers: tuple[Buffer, ...]
+
+    def at(self, position: int) -> list[Buffer]:
+        """What lives while the operation at `position` runs."""
+        live = [b for b in self.buffers if b.start <= position <= b.stop]
+        reused = _reused(live, position)
+        return [b for b in live if b is not reused]
+
+    def points(self, hint: Callable[[Any], int]) -> Iterator[tuple[int, int]]:
+        """(position, bytes) wherever something is made; sizes at the compile's own shapes."""
+        starts: dict[int, list[Buffer]] = {}
+        stops: dict[int, list[Buffer]] = {}
+        for buffer in self.buffers:
+            starts.setdefault(buffer.start, []).append(buffer)
+            stops.setdefault(buffer.stop, []).append(buffer)
+        size = {id(b): hint(b.bytes) for b in self.buffers}
+        live = 0
+        for position in sorted({-1, *starts, *stops}):
+            live += sum(size[id(b)] for b in starts.get(position, ()))
+            moved = _reused([*starts.get(position, ()), *stops.get(position, ())], position)
+            if position in starts or position == -1:
+                yield position, live - (size[id(moved)] if moved else 0)
+            live -= sum(size[id(b)] for b in stops.get(position, ()))
+
+
+def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline:
+    """The buffers of one half.
+
+    `outside` says of each placeholder that costs memory which memory it is and of what
+    kind: "saved", "returned" (saved, and handed to the caller too) and "incoming" ones die
+    behind their last reader, an "input" is the caller's.
+    Placeholders that it leaves out (parameters, state) cost nothing.
+    """
+    nodes = tuple(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    values = _Values(graph)
+    last = len(nodes) - 1
+    readers = values.readers(position)
+    buffers = []
+    held: dict[str, tuple[Node, Kind, int]] = {}
+    for place, (memory, kind) in outside.items():
+        stop = last if kind == "input" else max(readers.get(place, [-1]))
+        node, _, known = held.get(memory, (place, kind, -1))
+        held[memory] = (node, kind, max(stop, known))
+    for node, kind, stop in held.values():
+        buffers.append(Buffer(node, kind, -1, stop, tensor_bytes(node)))
+    calls = sorted(position[n] for n in nodes if is_call(n))
+    for node in nodes:
+        if node.op == "placeholder" or not values.has_buffer(node):
+            continue
+        made = position[values.maker(node)]
+        stop = max(readers.get(node, [made]))
+        kind = "output" if node in values.returned else "temporary"
+        if kind == "temporary" and not is_call(values.maker(node)):
+            if not values.read_by_call(node) and not _crosses(calls, made, stop):
+                continue  # made and used up within one kernel
+        buffers.append(Buffer(node, kind, made, stop, tensor_bytes(node)))
+    return Timeline(nodes, tuple(buffers))
+
+
+def is_call(node: Node) -> bool:
+    """A library call, or a kernel of its own."""
+    if node.op != "call_function" or node.target in ALIASES or node.target is getitem:
+        return False
+    if node.target is aten.scatter.value and operand(node, 0).target in CREATED:
+        return False  # one number at an index of a constant: Inductor compares indices
+    return any(part in _name(node) for part in CALLS)
+
+
+def _name(node: Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
+
+
+def _crosses(calls: list[int], start: int, stop: int) -> bool:
+    return any(start < call < stop for call in calls)
+
+
+def _reused(live: list[Buffer], position: int) -> Buffer | None:
+    """A buffer that a pointwise operation writes its result over: same size, read last here."""
+    made = [b for b in live if b.start == position and b.node.op == "call_function"]
+    if len(made) != 1 or is_call(made[0].node) or made[0].node.target is getitem:
+        return None
+    dying = (b for b in live if b.stop == position and b.start < position and b.kind in OWN)
+    return next((b for b in dying if str(b.bytes) == str(made[0].bytes)), None)
+
+
+class _Values:
+    """Which nodes have a memory of their own, and what is read through those that have none."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.returned = {memory_of(n) for n in graph.output_node().all_input_nodes}
+        self._reads: dict[Node, frozenset[Node]] = {}  # of nodes without a buffer
+        self._operations: dict[Node, int] = {}
+        self._buffers: set[Node] = set()
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr", "call_function") and _tensor(node):
+                self._settle(node)
+
+    def maker(self, node: Node) -> Node:
+        """The operation that writes this memory."""
+        return operand(node, 0) if node.target is getitem else node
+
+    def has_buffer(self, node: Node) -> bool:
+        return node in self._buffers
+
+    def read_by_call(self, node: Node) -> bool:
+        stack, seen = [node], set[Node]()
+        while stack:
+            for user in stack.pop().users:
+                if is_call(user):
+                    return True
+                if user not in seen and memory_of(user) is memory_of(node) and user is not node:
+                    seen.add(user)
+                    stack.append(user)
+        return False
+
+    def _settle(self, node: Node) -> None:
+        if node.target in ALIASES or memory_of(node) is not node:
+            return
+        if node.op != "call_function":
+            self._buffers.add(node)
+            return
+        operands = [memory_of(n) for n in self.maker(node).all_input_nodes]
+        reads = frozenset(r for n in operands for r in self._read(n))
+        self._reads[node] = reads
+        self._operations[node] = 1 + sum(
+            self._operations.get(n, 0) for n in operands if n not in self._buffers
+        )
+        if self._is_kept(node, reads):
+            self._buffers.add(node)
+
+    def _is_kept(self, node: Node, reads: frozenset[Node]) -> bool:
+        if node in self.returned or is_call(self.maker(node)) or self.read_by_call(node):
+            return True
+        if node.target in CREATED:
+            return False
+        if _name(self.maker(node)) in REDUCTIONS:
+            return True
+        dear = len(reads) > MANY_READS or self._operations[node] > MANY_OPERATIONS
+        return dear and len(node.users) > 1
+
+    def _read(self, node: Node) -> frozenset[Node]:
+        if node in self._buffers:
+            return frozenset((node,))
+        return self._reads.get(node, frozenset())
+
+    def readers(self, position: Mapping[Node, int]) -> dict[Node, list[int]]:
+        """Buffer -> positions of the operations that read it."""
+        readers: dict[Node, list[int]] = {}
+        for node in self.graph.nodes:
+            if node.op == "output":
+                roots = {memory_of(n) for n in node.all_input_nodes}
+            elif is_call(node) or (node in self._buffers and node.op == "call_function"):
+                roots = {memory_of(n) for n in self.maker(node).all_input_nodes}
+            else:
+                continue
+            where = position[self.maker(node) if node.op == "call_function" else node]
+            for root in roots:
+                for read in self._read(root):
+                    readers.setdefault(read, []).append(where)
+        return readers
+
+
+def _tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
