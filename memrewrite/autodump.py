@@ -24,6 +24,7 @@ PAUSE = 10  # times the last dump's duration until the next: a model may have ma
 log = logging.getLogger(__name__)
 _places: weakref.WeakKeyDictionary[Session, Path] = weakref.WeakKeyDictionary()
 _next: weakref.WeakKeyDictionary[Session, float] = weakref.WeakKeyDictionary()
+_owed: weakref.WeakSet[Session] = weakref.WeakSet()
 _numbers = itertools.count()
 
 
@@ -42,13 +43,14 @@ def follow(session: Session) -> None:
 
 
 def write_all() -> None:
-    """Write the dump of every followed model that is alive."""
-    for session in list(_places):
+    """Write the dumps that are owed: those of models that changed since their last."""
+    for session in list(_owed):
         _write(session)
 
 
-def _changed(session: Session) -> None:
-    if time.monotonic() >= _next.get(session, 0.0):
+def _changed(session: Session, complete: bool) -> None:
+    _owed.add(session)
+    if complete or time.monotonic() >= _next.get(session, 0.0):
         _write(session)
 
 
@@ -64,4 +66,5 @@ def _write(session: Session) -> None:
     except Exception as error:
         log.warning("no dump of %s: %s: %s", type(model).__name__, type(error).__name__, error)
     now = time.monotonic()
+    _owed.discard(session)
     _next[session] = now + PAUSE * (now - start)

@@ -13,9 +13,11 @@ import memrewrite
 from memrewrite import autodump, shapes
 from memrewrite.dump import dump_session
 from memrewrite.errors import UnsupportedError
-from memrewrite.estimate import estimate, trace
+from memrewrite.estimate import Estimate, by_depth, estimate, trace
 from memrewrite.report import report_of
 
+DEPTHS = (8, 12, 16)
+DEEP = 24  # a stack that is deeper is estimated from lower ones
 PROBLEMS = (UnsupportedError, ValueError, TypeError, OSError, ImportError)
 
 
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     guess.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd or none")
     guess.add_argument("--dynamic", action="store_true", help="formulas in B and S")
     guess.add_argument("--fit", metavar="MEMORY", help="the largest batch, as in --fit 24GiB")
+    guess.add_argument("--whole", action="store_true", help="never estimate a deep stack by lower")
     guess.add_argument("--json", action="store_true", help="print data instead of a table")
     told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
     shapes.add_arguments(told)
@@ -92,11 +95,9 @@ def _sites(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    model, given, named = shapes.load(arguments)
     budget = shapes.parse_bytes(arguments.fit) if arguments.fit else None
     dynamic = arguments.dynamic or budget is not None
-    optimizer = shapes.optimizer(arguments.optimizer)
-    found = estimate(model, *given, optimizer=optimizer, dynamic=dynamic, **named)
+    found = (None if dynamic else _by_depth(arguments)) or _whole(arguments, dynamic)
     if budget is not None:
         sequence = {"S": arguments.seq} if "S" in found.symbols else {}
         plain, rewritten = found.largest("B", budget, **sequence)
@@ -112,6 +113,24 @@ def _estimate(arguments: argparse.Namespace) -> int:
     else:
         print(found)
     return 0
+
+
+def _whole(arguments: argparse.Namespace, dynamic: bool) -> Estimate:
+    model, given, named = shapes.load(arguments)
+    optimizer = shapes.optimizer(arguments.optimizer)
+    return estimate(model, *given, optimizer=optimizer, dynamic=dynamic, **named)
+
+
+def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
+    """Of a deep stack of like layers, from three lower stacks; None where that is no shortcut."""
+    depth = shapes.depth(arguments)
+    if depth is None or depth <= DEEP or arguments.whole:
+        return None
+    changed = argparse.Namespace(**vars(arguments))
+    lower = {}
+    for changed.layers in DEPTHS:
+        lower[changed.layers] = _whole(changed, dynamic=False)
+    return by_depth(lower, depth)
 
 
 def _report(arguments: argparse.Namespace) -> int:

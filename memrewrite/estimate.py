@@ -15,8 +15,8 @@ Code, the interpreter and what a library keeps for itself are not in these figur
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -42,7 +42,8 @@ MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 class Program:
     """One way to train: bytes that are held, and predicted peaks of each phase.
 
-    saved: activations between forward and backward, exactly.
+    saved: activations between forward and backward, exactly; inputs that backward reads
+        are among them.
     refresh_peak: None where nothing is projected.
     """
 
@@ -62,7 +63,7 @@ class Program:
         peaks = [self.forward_peak, self.backward_peak, self.step_peak]
         if self.refresh_peak is not None:
             peaks.append(self.refresh_peak)
-        return max(peaks) if all(isinstance(p, int) for p in peaks) else sympy.Max(*peaks)
+        return _largest(peaks)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Estimate:
         values = {sympy.Symbol(k, integer=True, positive=True): v for k, v in sizes.items()}
 
         def number(value: Bytes) -> Bytes:
+            if isinstance(value, sympy.Max):
+                return max(map(number, value.args))
             return int(value.subs(values)) if isinstance(value, sympy.Basic) else value
 
         def program(of: Program) -> Program:
@@ -131,17 +134,28 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        rows = []
-        for key in (*asdict(self.plain), "peak"):
-            before, after = getattr(self.plain, key), getattr(self.rewritten, key)
-            if before is not None or after is not None:
-                rows.append(
-                    (key.replace("_", " "), _shown(before), _shown(after), _ratio(before, after))
-                )
-        header = ("bytes", "torch.compile", "memrewrite", "ratio")
-        text = tabulate(rows, header, tablefmt="simple", stralign="right", disable_numparse=True)
+        keys = [*(k for k, v in vars(self.rewritten).items() if v is not None), "peak"]
+        rows = [
+            (k.replace("_", " "), getattr(self.plain, k), getattr(self.rewritten, k)) for k in keys
+        ]
         meanings = [f"{symbol}: {meaning}" for symbol, meaning in self.symbols.items()]
-        return "\n".join([text, "", *meanings, self.dominates])
+        return "\n".join(
+            [_formulas(rows) if self.symbols else _numbers(rows), "", *meanings, self.dominates]
+        )
+
+
+def _numbers(rows: list[tuple[str, Bytes, Bytes]]) -> str:
+    cells = [(name, _shown(a), _shown(b), _ratio(a, b)) for name, a, b in rows]
+    header = ("bytes", "torch.compile", "memrewrite", "ratio")
+    return tabulate(cells, header, tablefmt="simple", stralign="right", disable_numparse=True)
+
+
+def _formulas(rows: list[tuple[str, Bytes, Bytes]]) -> str:
+    """One below the other: they are long."""
+    lines = []
+    for name, before, after in rows:
+        lines += [name, f"  torch.compile  {_shown(before)}", f"  memrewrite     {_shown(after)}"]
+    return "\n".join(lines)
 
 
 def _shown(value: Bytes | None) -> str:
@@ -191,6 +205,36 @@ def estimate(
         _program(fake, records, "after", rewritten, symbols),
         {str(symbol): meaning for symbol, meaning in symbols.values()},
         dominates(records),
+    )
+
+
+def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
+    """The estimate of a stack of like layers from those of three lower stacks, or None.
+
+    Legal where every figure grows by the same amount a layer: the three, at equal
+    distances, must lie on one line, figure by figure.
+    """
+    (a, first), (b, second), (c, third) = sorted(shallow.items())
+    if b - a != c - b:
+        raise ValueError(f"depths {a}, {b} and {c} are not equally far apart")
+
+    def line(of: str) -> Program | None:
+        values: dict[str, Bytes] = {}
+        for key, y in vars(getattr(first, of)).items():
+            z, w = (vars(getattr(other, of))[key] for other in (second, third))
+            if y is None:
+                values[key] = None
+            elif z - y != w - z or (w - z) % (c - b):
+                return None
+            else:
+                values[key] = w + (w - z) // (c - b) * (depth - c)
+        return Program(**values)
+
+    plain, rewritten = line("plain"), line("rewritten")
+    if plain is None or rewritten is None:
+        return None
+    return Estimate(
+        plain, rewritten, {}, f"from depths {a}, {b} and {c}; at {c}, {third.dominates}"
     )
 
 
@@ -269,7 +313,21 @@ def _sum(formula: str, symbols: dict[str, Any]) -> Bytes:
 
 
 def _largest(values: list[Bytes]) -> Bytes:
-    return max(values) if all(isinstance(v, int) for v in values) else sympy.Max(*values)
+    """The maximum; of formulas, of those that no other one exceeds at all sizes."""
+    if all(isinstance(v, int) for v in values):
+        return max(values)
+    kept: list[Bytes] = []
+    flat = [a for v in values for a in (v.args if isinstance(v, sympy.Max) else [v])]
+    for value in dict.fromkeys(flat):
+        if not any(_exceeds(other, value) for other in kept):
+            kept = [other for other in kept if not _exceeds(value, other)] + [value]
+    # unevaluated: sympy would try to prove each formula the largest
+    return kept[0] if len(kept) == 1 else sympy.Max(*kept, evaluate=False)
+
+
+def _exceeds(one: Bytes, other: Bytes) -> bool:
+    difference = sympy.expand(one - other)
+    return all(c >= 0 for c in difference.as_coefficients_dict().values())
 
 
 def _symbols(records: list[GraphRecord]) -> dict[str, tuple[sympy.Symbol, str]]:

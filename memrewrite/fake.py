@@ -39,7 +39,8 @@ def without_memory(
     with mode:
         twin = copy.deepcopy(model, dict(made))
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    given, named = pytree.tree_unflatten(
-        [fake(v) if isinstance(v, Tensor) else v for v in leaves], spec
-    )
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:  # one tensor given twice stays one
+            made[id(leaf)] = fake(leaf)
+    given, named = pytree.tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], spec)
     return twin, given, named

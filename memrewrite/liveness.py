@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import sympy
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -23,7 +24,6 @@ from passes.provenance import module_of, operation_of
 NUMBER = re.compile(r"\d+")
 LOGITS = "the loss and the logits"
 CULPRITS = 12  # named at the peak
-MOMENTS = 24  # the highest of a half: at other shapes another of them may be the peak
 Hint = Callable[[Any], int]
 
 
@@ -99,19 +99,37 @@ def _label(of: Timeline, position: int) -> str:
 
 
 def _peaks(of: Timeline, hint: Hint) -> list[str]:
-    """Formulas of which the largest is the peak: under fixed shapes, one number."""
-    points = list(of.points(hint))
+    """Formulas of which the largest is the peak: under fixed shapes, one number.
+
+    A moment is left out where another one holds at least as much of every term.
+    """
+    points = sorted(of.points(hint), key=lambda point: -point[1])
     if not points:
         return ["0"]
-    top = sorted(points, key=lambda point: -point[1])
     if all(isinstance(b.bytes, int) for b in of.buffers):
-        return [str(top[0][1])]
-    formulas = dict.fromkeys(str(_formula(of, position)) for position, _ in top[:MOMENTS])
-    return list(formulas)
+        return [str(points[0][1])]
+    terms = {b.node: _terms(b.bytes) for b in of.buffers}
+    kept: list[dict[str, int]] = []
+    for position, _ in points:
+        total: dict[str, int] = {}
+        for buffer in of.at(position):
+            for monomial, factor in terms[buffer.node].items():
+                total[monomial] = total.get(monomial, 0) + factor
+        if not any(_holds(other, total) for other in kept):
+            kept = [other for other in kept if not _holds(total, other)] + [total]
+    return [" + ".join(f"{c}*({m})" for m, c in total.items()) or "0" for total in kept]
 
 
-def _formula(of: Timeline, position: int) -> Any:
-    return sum((b.bytes for b in of.at(position)), 0)
+def _terms(size: Any) -> dict[str, int]:
+    """A size as monomials with their factors: 4*s0*s1 + 8 is {"s0*s1": 4, "1": 8}."""
+    if isinstance(size, int):
+        return {"1": size}
+    expanded = sympy.expand(size.node.expr).as_coefficients_dict()
+    return {str(monomial): int(factor) for monomial, factor in expanded.items()}
+
+
+def _holds(one: dict[str, int], other: dict[str, int]) -> bool:
+    return all(one.get(monomial, 0) >= factor for monomial, factor in other.items())
 
 
 def _live_at_peak(of: Timeline, hint: Hint) -> list[Buffer]:

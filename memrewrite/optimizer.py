@@ -252,7 +252,7 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
                 _warn_of(target, failure)
     if len(_updates) > built:
         for session in {target.session for target in attachment.targets.values()}:
-            session.changed()
+            session.changed(complete=True)
 
 
 def _update_one(

@@ -86,10 +86,34 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
     return model, given, named
 
 
+def depth(arguments: argparse.Namespace) -> int | None:
+    """The layers of a model whose depth is a number in its config; None for any other."""
+    name = arguments.hf_config or arguments.model
+    if ":" in name or not name:
+        return None
+    if arguments.layers is not None:
+        return int(arguments.layers)
+    return getattr(_config(name), "num_hidden_layers", None)
+
+
 def from_config(name: str, vocab: int | None = None, layers: int | None = None) -> nn.Module:
     """A causal language model on the meta device. Raises ValueError for an unknown one."""
+    config = _config(name)
+    if vocab is not None:
+        config.vocab_size = vocab
+    if layers is not None:
+        config.num_hidden_layers = layers
+    from transformers import AutoModelForCausalLM
+
+    architectures: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = architectures.from_config(config)
+    return model.train()
+
+
+def _config(name: str) -> Any:
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+        from transformers import AutoConfig, LlamaConfig
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'memrewrite[hf]'") from error
     config: Any
@@ -109,14 +133,7 @@ def from_config(name: str, vocab: int | None = None, layers: int | None = None) 
     else:
         raise ValueError(f"{name!r} is neither a file nor one of {', '.join(LLAMA)}")
     config.use_cache = False
-    if vocab is not None:
-        config.vocab_size = vocab
-    if layers is not None:
-        config.num_hidden_layers = layers
-    architectures: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model: nn.Module = architectures.from_config(config)
-    return model.train()
+    return config
 
 
 def _called(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

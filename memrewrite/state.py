@@ -49,7 +49,7 @@ class Session:
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
     graphs: list[Graph] = field(default_factory=list)
     called: bool = False
-    on_change: Callable[[Session], None] | None = None  # a graph or an update was compiled
+    on_change: Callable[[Session, bool], None] | None = None
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -60,9 +60,10 @@ class Session:
         self.changed()
         return graph
 
-    def changed(self) -> None:
+    def changed(self, complete: bool = False) -> None:
+        """A graph was compiled, or (complete) the first optimizer update was."""
         if self.on_change is not None:
-            self.on_change(self)
+            self.on_change(self, complete)
 
     def selected(self, found: list[Candidate]) -> set[str]:
         return select(found, self.velora.sites) if self.velora else set()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import memrewrite
+from memrewrite import cli, shapes
 from memrewrite.cli import main
+from memrewrite.estimate import Estimate, Program
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,3 +33,79 @@ def test_sites_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     selected = {line.split()[0] for line in lines if line.endswith("yes")}
     assert selected == {"model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"}
+
+
+SMALL = ["llama-60m", "--layers", "2", "--vocab", "64", "--batch", "2", "--seq", "16"]
+
+
+def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", *SMALL, "--velora", "--sites", "all", "--galore-rank", "16", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memrewrite"]["saved"] < found["torch.compile"]["saved"]
+    assert found["memrewrite"]["optimizer_state"] < found["torch.compile"]["optimizer_state"]
+    assert found["symbols"] == {}
+
+
+def test_the_largest_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", *SMALL, "--velora", "--sites", "all", "--fit", "200MB"]
+    assert main(words) == 0
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == "largest batch within 200MB at sequence 16:"
+    plain, ours = (int(word.split()[-1]) for word in second.split(", "))
+    assert ours > plain > 0
+    assert any(line.split()[0] == "peak" for line in rest if line.split())
+
+
+def test_report_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", *SMALL, "--velora"]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in text and "compressed" in text
+
+
+def test_a_deep_stack_takes_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def whole(arguments: argparse.Namespace, dynamic: bool) -> Any:
+        seen.append(arguments.layers)
+        program = Program(*(8 * (arguments.layers or 80) + i for i in range(8)))
+        return Estimate(program, program, {}, "logits")
+
+    monkeypatch.setattr(cli, "_whole", whole)
+    assert main(["estimate", "llama-70b"]) == 0
+    assert seen == [8, 12, 16]
+    assert main(["estimate", "llama-70b", "--whole"]) == 0
+    assert seen[3:] == [None]
+    assert main(["estimate", "llama-60m"]) == 0
+    assert seen[4:] == [None]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["estimate"], "name a model"),
+        (["estimate", "llama-9t"], "neither a file nor one of"),
+        (["estimate", "nowhere:model"], "No module named 'nowhere'"),
+        (["estimate", "llama-60m", "--optimizer", "magic"], "is none of"),
+        (["estimate", "llama-60m", "--fit", "much"], "no amount of memory"),
+        (["estimate", "llama-60m", "--velora", "--subtoken-size", "9999"], "compresses none"),
+    ],
+)
+def test_bad_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron-9000"}')
+    assert main(["estimate", "--hf-config", str(tmp_path / "config.json")]) == 2
+    assert "perceptron-9000" in capsys.readouterr().err
+
+
+def test_amounts_of_memory() -> None:
+    assert shapes.parse_bytes("24GiB") == 24 * 2**30
+    assert shapes.parse_bytes("1.5GB") == 1_500_000_000
+    assert shapes.parse_bytes("800") == 800
+    for text in ("", "GiB", "-1GB", "0", "1TB", "nanGB"):
+        with pytest.raises(ValueError, match="no amount of memory"):
+            shapes.parse_bytes(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +19,8 @@ import memrewrite
 from memrewrite import VeLoRA
 
 
-def hooked(run: Callable[[], Any]) -> int:
-    """Bytes of distinct memories that autograd packs."""
+def hooked(run: Callable[[], Any], without: Collection[int] = ()) -> int:
+    """Bytes of distinct memories that autograd packs, but for those at these addresses."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def hooked(run: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = run()
     del result
-    return sum(sizes.values())
+    return sum(size for address, size in sizes.items() if address not in without)
 
 
 class Wrapped(nn.Module):
