@@ -128,20 +128,17 @@ def _split_joint(
     **kwargs: Any,
 ) -> Halves:
     def default(joint: GraphModule, outputs: int) -> Halves:
-        cut = inner or min_cut_rematerialization_partition
-        halves: Halves = cut(joint, joint_inputs, num_fwd_outputs=outputs, **kwargs)
-        return halves
+        cut: Callable[..., Halves] = inner or min_cut_rematerialization_partition
+        return cut(joint, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
     def exact_first(joint: GraphModule, outputs: int) -> Halves:
         # patched around one partition, never globally
         with functorch_config.patch(aggressive_recomputation=True):
             return default(joint, outputs)
 
-    state = _current.get() or Compile()
-    budget_is_ours = functorch_config.activation_memory_budget == 1.0
-    if not budget_is_ours:
-        state.freed = 0.0  # the user's budget decides what is rerun
-    chosen = exact_first if budget_is_ours else default
+    state, chosen = _current.get() or Compile(), exact_first
+    if functorch_config.activation_memory_budget != 1.0:
+        state.freed, chosen = 0.0, default  # the user's budget decides what is rerun
     return divide(gm, plan, num_fwd_outputs, state, default, chosen)
 
 
@@ -213,9 +210,12 @@ def _compile_eager(
 
     def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
         _rewrite_joint(joint, plan, passes_for)
-        if simplify:
+        state = _current.get()
+        if simplify and state is not None:
             with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
                 joint_graph_passes(joint)
+                if state.plain is not None:
+                    state.plain = joint_graph_passes(GraphModule(joint, state.plain)).graph
         return _split_joint(joint, joint_inputs, plan, None, **kwargs)
 
     backend: Any = aot_autograd(

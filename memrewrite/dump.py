@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memrewrite.listing import changed, difference
+from memrewrite.listing import changed, described, difference
 from memrewrite.optimizer import updates_of
 from memrewrite.page import page
 from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report_of
@@ -122,8 +122,8 @@ def _stages(folder: str, stages: Stages, texts: dict[str, str]) -> list[dict[str
         if index and name not in HALVES:
             before, old = stages[index - 1]
             new, gone = changed(old, text)
-            row["inserted"] = [{"name": n, "line": line} for n, line in new.items()]
-            row["removed"] = [{"name": n, "line": line} for n, line in gone.items()]
+            row["inserted"] = [described(*node) for node in new.items()]
+            row["removed"] = [described(*node) for node in gone.items()]
             texts[f"{stem}.diff"] = difference(old, text, (before, name))
             row["diff"] = f"{stem}.diff"
         rows.append(row)

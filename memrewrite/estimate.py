@@ -95,7 +95,8 @@ class Estimate:
         def program(of: Program) -> Program:
             return Program(**{key: number(value) for key, value in vars(of).items()})
 
-        return Estimate(program(self.plain), program(self.rewritten), {}, self.dominates)
+        owners = f"at the sizes that were given to estimate: {self.dominates}"
+        return Estimate(program(self.plain), program(self.rewritten), {}, owners)
 
     def largest(self, symbol: str, budget: int, **sizes: int) -> tuple[int, int]:
         """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 for none.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.fx import Graph, Node
 
 from passes.provenance import module_of, source_of
 
+VALUE = re.compile(r"[^:=]+: (\w+)\[([^\]]*)\] = ")
 SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -21,6 +24,7 @@ SHORT = {
     torch.uint8: "u8",
     torch.bool: "b8",
 }
+ITEMSIZE = {short: dtype.itemsize for dtype, short in SHORT.items()}
 
 
 def listing(graph: Graph) -> str:
@@ -62,6 +66,20 @@ def changed(before: str, after: str) -> tuple[dict[str, str], dict[str, str]]:
     old, new = _lines(before), _lines(after)
     inserted = {name: line for name, line in new.items() if name not in old}
     return inserted, {name: line for name, line in old.items() if name not in new}
+
+
+def described(name: str, line: str) -> dict[str, Any]:
+    """A line as data: the node, its module and source line, and its bytes (None: symbolic)."""
+    module, _, source = line.partition("  # ")[2].partition(": ")
+    value = VALUE.match(line)
+    size: int | None = 0
+    if value is not None:
+        dtype, lengths = value.groups()
+        known = all(length.isdigit() for length in lengths.split(", ") if length)
+        size = ITEMSIZE.get(dtype) if known else None
+        if size is not None:
+            size *= math.prod(int(length) for length in lengths.split(", ") if length)
+    return {"name": name, "line": line, "module": module, "source": source, "bytes": size}
 
 
 def _lines(text: str) -> dict[str, str]:

@@ -220,6 +220,13 @@ def test_bad_input() -> None:
         memrewrite.estimate(frozen, x)
     with pytest.raises(memrewrite.UnsupportedError, match="could not be captured"):
         memrewrite.estimate(model, torch.randn(4, 9))
+
+    class Shaped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[x[:, 0] > 0])
+
+    with pytest.raises(memrewrite.UnsupportedError, match="could not be captured"):
+        memrewrite.estimate(Shaped(8, 8), x)
     found = memrewrite.estimate(model, x)
     with pytest.raises(ValueError, match="no symbol"):
         found.evaluate(B=3)
