@@ -329,7 +329,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     compress = graph["stages"][1]
     assert any("velora_compress" in node["name"] for node in compress["inserted"])
     z = next(node for node in compress["inserted"] if "compress" in node["name"])
-    assert z["line"].startswith(z["name"]) and z["module"] == "blocks.0.down_proj"
+    assert z["line"].startswith(z["name"]) and z["module"] == "blocks.0"
     assert z["bytes"] == 4 * 6 * (48 // 8) and "down_proj" in z["source"]
     assert "x_hat" in graph["passes"][0]["identity"]
     assert set(graph["memory"]) == {"before", "after"}
