@@ -210,12 +210,9 @@ def _compile_eager(
 
     def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
         _rewrite_joint(joint, plan, passes_for)
-        state = _current.get()
-        if simplify and state is not None:
+        if simplify:
             with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
                 joint_graph_passes(joint)
-                if state.plain is not None:
-                    state.plain = joint_graph_passes(GraphModule(joint, state.plain)).graph
         return _split_joint(joint, joint_inputs, plan, None, **kwargs)
 
     backend: Any = aot_autograd(
