@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 
 from torch._logging._internal import trace_structured
@@ -28,11 +29,15 @@ def tell(record: GraphRecord, names: Mapping[int, str]) -> None:
             "pass %s: %d nodes inserted, %d removed, %.3f s",
             *(step[key] for key in ("name", "inserted", "removed", "seconds")),
         )
-    _artifact("memrewrite_decisions", "json", json.dumps(_facts(record, names)))
-    listings = record.listings()
-    for (before, old), (name, new) in pairwise(listings):
+    _artifact("memrewrite_decisions", "json", lambda: json.dumps(_facts(record, names)))
+    for (before, _), (name, _) in pairwise(record.stages):
         if name not in ("forward", "backward"):
-            _artifact(f"memrewrite_{name}_diff", "string", difference(old, new, (before, name)))
+            _artifact(f"memrewrite_{name}_diff", "string", partial(_diff, record, before, name))
+
+
+def _diff(record: GraphRecord, before: str, after: str) -> str:
+    texts = dict(record.listings())
+    return difference(texts[before], texts[after], (before, after))
 
 
 def _decisions(record: GraphRecord, names: Mapping[int, str]) -> Iterator[str]:
@@ -63,9 +68,10 @@ def _facts(record: GraphRecord, names: Mapping[int, str]) -> dict[str, object]:
     }
 
 
-def _artifact(name: str, encoding: str, payload: str) -> None:
+def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Left in the trace where there is one; nothing is computed where there is none."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},
-        payload_fn=lambda: payload,
+        payload_fn=payload,
     )

@@ -16,6 +16,7 @@ sizes stay symbolic. What it predicts is compared with processes in docs/results
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import getitem
@@ -154,7 +155,7 @@ def _name(node: Node) -> str:
 
 
 def _crosses(calls: list[int], start: int, stop: int) -> bool:
-    return any(start < call < stop for call in calls)
+    return bisect_right(calls, start) < bisect_left(calls, stop)
 
 
 def _reused(live: list[Buffer], position: int) -> Buffer | None:

@@ -7,7 +7,7 @@ bytes of a step are the bytes of distinct memories. Reads the graph only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,15 @@ def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -
     return Kept(handed)
 
 
-def readers(backward: Graph, handed: Iterable[Node]) -> Iterator[Node]:
-    """Who reads these kept tensors in backward, views looked through."""
-    names = {node.name for node in handed}
-    stack = [n for n in backward.find_nodes(op="placeholder") if n.name in names]
+def readers(backward: Graph, handed: Collection[Node]) -> Iterator[Node]:
+    """Who reads these kept tensors in backward, views looked through.
+
+    They are named by the forward's nodes, or by backward's own.
+    """
+    names = {node.name for node in handed if node.graph is not backward}
+    stack = [node for node in handed if node.graph is backward]
+    if names:
+        stack += [n for n in backward.find_nodes(op="placeholder") if n.name in names]
     seen: set[Node] = set()
     while stack:
         for user in stack.pop().users:

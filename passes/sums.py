@@ -13,12 +13,14 @@ split; only where r' is all that backward reads y for, and is no larger than y.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from passes.base import aten, storage_of, tensor_bytes
+from passes.base import aten, memory_of, tensor_bytes
 from passes.saved import readers
 
 
@@ -26,45 +28,52 @@ def keep_sums(
     forward: Graph, backward: Graph, outputs: int, hint: Callable[[Any], int]
 ) -> list[str]:
     """Exchange terms for sums until none is left; returns the names of the sums now kept."""
-    sums: list[str] = []
     made = {node.name: node for node in forward.nodes}
-    while (found := _find(forward, backward, outputs, made, hint)) is not None:
-        index, total = found
-        _exchange(forward, backward, index, made[total.name], total)
-        sums.append(total.name)
+    sums: list[str] = []
+    while found := _sweep(forward, backward, outputs, made, hint):
+        sums += found
     return sums
 
 
-def _find(
+def _sweep(
     forward: Graph,
     backward: Graph,
     outputs: int,
     made: dict[str, Node],
     hint: Callable[[Any], int],
-) -> tuple[int, Node] | None:
+) -> list[str]:
     returned: Any = forward.output_node().args[0]
+    kept = returned[outputs:]
     places = {node.name: node for node in backward.find_nodes(op="placeholder")}
-    memories = [storage_of(n) for n in returned[outputs:] if isinstance(n, Node)]
-    for index, term in enumerate(returned[outputs:], start=outputs):
-        if term.op != "call_function" or memories.count(storage_of(term)) > 1:
+    sharers = Counter(memory_of(node) for node in kept)
+    names = {node.name for node in kept}
+    sums = []
+    for index, term in enumerate(kept, start=outputs):
+        memory = memory_of(term)
+        if memory.op != "call_function" or sharers[memory] > 1:
+            continue  # an argument lives anyway; other views of the term keep its memory
+        total = _only_sum(places[term.name])
+        if total is None or total.name in names or total.name not in made:
             continue
-        read = list(readers(backward, [places[term.name]]))
-        if len(read) != 1 or read[0].target is not aten.add.Tensor:
-            continue
-        total = made.get(read[0].name)
-        if total is None or total.target is not aten.add.Tensor or total in returned[outputs:]:
-            continue
-        if hint(tensor_bytes(total)) <= hint(tensor_bytes(storage_of(term))):
-            return index, read[0]
-    return None
+        if hint(tensor_bytes(total)) <= hint(tensor_bytes(memory)):
+            _exchange(forward, backward, index, places[term.name], made[total.name], total)
+            names.add(total.name)
+            sums.append(total.name)
+    return sums
 
 
-def _exchange(forward: Graph, backward: Graph, index: int, kept: Node, total: Node) -> None:
+def _only_sum(place: Node) -> Node | None:
+    """The sum that is all backward reads this for, if it is."""
+    read = list(islice(readers(place.graph, [place]), 2))
+    return read[0] if len(read) == 1 and read[0].target is aten.add.Tensor else None
+
+
+def _exchange(
+    forward: Graph, backward: Graph, index: int, place: Node, kept: Node, total: Node
+) -> None:
     output = forward.output_node()
     returned: Any = output.args[0]
-    term = returned[index]
     output.args = ((*returned[:index], kept, *returned[index + 1 :]),)
-    place = next(n for n in backward.find_nodes(op="placeholder") if n.name == term.name)
     with backward.inserting_before(place):
         handed = backward.placeholder(f"{total.name}_kept")
     handed.meta = {**place.meta, **kept.meta}

@@ -98,6 +98,20 @@ def near_miss(
     return forward, b.returns(grad, *(b.op(aten.sin.default, r) for r in rest))
 
 
+def test_silent_where_another_part_keeps_the_memory() -> None:
+    f = Builder()
+    h, w = f.place("h", 5, 8), f.place("w", 8, 16)
+    y = f.op(aten.mm.default, h, w)
+    one = f.op(aten.slice.Tensor, y, 1, 0, 8)
+    two = f.op(aten.slice.Tensor, y, 1, 8, 16)
+    forward = f.returns(f.op(aten.add.Tensor, h, one), h, one, two)
+    b = Builder()
+    x, first, second = b.place(h.name, 5, 8), b.place(one.name, 5, 8), b.place(two.name, 5, 8)
+    total = b.op(aten.add.Tensor, x, first)
+    backward = b.returns(b.op(aten.cos.default, total), b.op(aten.sin.default, second))
+    assert keep_sums(forward, backward, 1, hint) == []
+
+
 def test_silent_where_backward_reads_the_term_itself_or_the_sum_is_larger() -> None:
     for miss in ({"use_twice": True}, {"widen": True}, {"share": True}):
         forward, backward = near_miss(**miss)
