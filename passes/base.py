@@ -74,6 +74,7 @@ class Pass:
     exact: bool  # the same function over the reals; False changes the gradient
     key: tuple[Hashable, ...] = ()  # the configuration it was built with
     identity: str = field(default="", compare=False)  # what makes it legal, in one line
+    drops: bool = False  # an output may become None: another one stands for it
 
 
 def copy_graph(graph: Graph) -> Graph:

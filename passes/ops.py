@@ -20,6 +20,9 @@ With P of r orthonormal columns, from the left or the right of an (O, D) gradien
 
 Each is the transpose of the other, and project(project_back(Z)) = Z.
 Source: Zhao et al. 2024, arXiv:2403.03507, equations 11 and 12 (one side at a time).
+
+attach(y, ports) is y: it makes y depend on inputs whose gradient is to be something small,
+which a pass then puts in place of the zeros that differentiation gives them.
 """
 
 from __future__ import annotations
@@ -62,17 +65,32 @@ def project_back(z: Tensor, p: Tensor, left: bool) -> Tensor:
     return p @ z if left else z @ p.t()
 
 
+def attach(y: Tensor, ports: list[Tensor]) -> Tensor:
+    """y, in memory of its own."""
+    return y.clone()
+
+
+def _attach_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return dy, [dy.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.ports]
+
+
+def _attach_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.ports = [(port.shape, port.dtype) for port in inputs[1]]
+
+
 _Library: Any = torch.library.Library
 _library = _Library("memrewrite", "DEF")
 _library.define("velora_compress(Tensor x, Tensor v) -> Tensor")
 _library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tensor")
 _library.define("galore_project(Tensor g, Tensor p, bool left) -> Tensor")
 _library.define("galore_project_back(Tensor z, Tensor p, bool left) -> Tensor")
+_library.define("port_attach(Tensor y, Tensor[] ports) -> Tensor")
 for _name, _kernel, _shape in (
     ("velora_compress", compress, _compress_shape),
     ("velora_reconstruct", reconstruct, _reconstruct_shape),
     ("galore_project", project, project),
     ("galore_project_back", project_back, project_back),
+    ("port_attach", attach, attach),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memrewrite::{_name}", _shape, lib=_library)
@@ -81,3 +99,7 @@ velora_compress = torch.ops.memrewrite.velora_compress.default
 velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default
 galore_project = torch.ops.memrewrite.galore_project.default
 galore_project_back = torch.ops.memrewrite.galore_project_back.default
+port_attach = torch.ops.memrewrite.port_attach.default
+torch.library.register_autograd(
+    "memrewrite::port_attach", _attach_backward, setup_context=_attach_context, lib=_library
+)

@@ -1,0 +1,118 @@
+"""Adam on the coordinates of a VeLoRA gradient: A and its moments, never G.   [exact]
+
+    before, G = A (x) v, all (O, D)        after, A, m, s (O, G)
+    m <- b1 m + (1 - b1) G                 m <- b1 m + (1 - b1) A
+    s <- b2 s + (1 - b2) G^2               s <- b2 s + (1 - b2) A^2
+    W <- W - c m / (sqrt(s) / k + eps)     W <- W - (c m (x) v) / (sqrt(s) / k (x) |v| + eps)
+
+Identity: every value from G to the division is `small (x) w`, w one of v, v^2 and |v|:
+
+    c (a (x) w) = c a (x) w                        (a (x) w) + (b (x) w) = (a + b) (x) w
+    (a (x) v) (b (x) v) = a b (x) v^2              max(a (x) v^2, b (x) v^2) = max(a, b) (x) v^2
+    sqrt(a (x) v^2) = sqrt(a) (x) |v|
+
+so it is computed small, by the same operation, and spread over D only where something else
+reads it: at eps, which is no multiple of |v|. Exact as long as v stays the same, and where
+nothing of full size joins G before the moments: an L2 decay does.
+Source: design; checked against torch's Adam in float64 by tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import GraphModule, Node
+
+from passes.base import CONVERT, Pass, arguments, aten, fixed, insert, operand
+from passes.ops import velora_reconstruct
+
+V, SQUARE, ABSOLUTE = "v", "v^2", "|v|"
+SAME = (CONVERT, aten._to_copy.default, aten.neg.default)
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
+
+
+def factor_updates(weight: int, vector: int, held: Mapping[int, str]) -> Pass:
+    """Factor the lowered update of `weight` along the v in argument `vector`.
+
+    held: the arguments that are `small (x) w` from now on, with their w: the gradient and
+    the first moment V, the second and its maximum SQUARE. Raises ValueError where a moment
+    would not be of that form.
+    """
+
+    def rewrite(gm: GraphModule) -> None:
+        place = arguments(gm.graph)
+        w, v = place[weight].meta["val"], place[vector]
+        size = fixed(v.meta["val"].shape[0])
+        assert size is not None  # a graph of one kind of parameter is static
+        small = (w.shape[0], -(-w.shape[1] // size))
+        bases: dict[Node, str] = {}
+        for argument, basis in held.items():
+            node = place[argument]
+            if tuple(node.meta["val"].shape) == small:
+                return  # factored already
+            node.meta["val"] = node.meta["val"].new_empty(small)
+            bases[node] = basis
+        for node in list(gm.graph.nodes):
+            _follow(node, bases, v, w.shape[1])
+
+    key = (weight, vector, tuple(sorted(held.items())))
+    identity = "Adam(A (x) v) from the moments of A: each value up to eps is small (x) w"
+    return Pass("factor_updates", rewrite, exact=True, key=key, identity=identity)
+
+
+def _follow(node: Node, bases: dict[Node, str], v: Node, features: int) -> None:
+    """Let a node work on small operands where the identity holds, else spread them."""
+    read = [n for n in node.all_input_nodes if n in bases]
+    if not read or node.op == "output":
+        return
+    basis = _basis(node, bases)
+    if basis is not None:
+        bases[node] = basis
+        node.meta["val"] = (
+            read[0].meta["val"].new_empty(read[0].meta["val"].shape, dtype=node.meta["val"].dtype)
+        )
+        return
+    if node.target is aten.copy_.default and operand(node, 0) in bases:
+        raise ValueError(
+            f"{node.name} would store what is not A (x) v in {operand(node, 0).name}: an L2 "
+            "decay, or another gradient, was added before the moments"
+        )
+    for n in read:
+        node.replace_input_with(n, _spread(node, n, bases[n], v, features))
+
+
+def _basis(node: Node, bases: Mapping[Node, str]) -> str | None:
+    """w, if this node maps small (x) w to small (x) w by acting on what is small."""
+    first = bases.get(operand(node, 0))
+    other = node.args[1] if len(node.args) > 1 else None
+    second = bases.get(other) if isinstance(other, Node) else None
+    if node.target in SAME:
+        return first
+    if node.target is aten.sqrt.default:
+        return ABSOLUTE if first == SQUARE else None
+    if node.target is aten.mul.Tensor and second is not None:
+        return SQUARE if first == second == V else None
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return first if _is_scalar(other) else None
+    if node.target in SUMS or node.target is aten.copy_.default:
+        return first if first == second else None
+    if node.target is aten.maximum.default:
+        return first if first == second != V else None
+    return None
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Node) and not _shape(value))
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _spread(before: Node, small: Node, basis: str, v: Node, features: int) -> Node:
+    """small (x) w, (O, D)."""
+    if basis == SQUARE:
+        v = insert(before, aten.mul.Tensor, v, v)
+    elif basis == ABSOLUTE:
+        v = insert(before, aten.abs.default, v)
+    return insert(before, velora_reconstruct, small, v, features)

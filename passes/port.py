@@ -1,0 +1,115 @@
+"""Return a VeLoRA weight gradient as its coordinates.   [exact]
+
+    before                                        after
+    mm(dy^T, z) --> A (O, G)                      mm(dy^T, z) --> A (O, G)
+      '--> reconstruct(A, v) (O, D)                 '--> s A --> gradient of port
+             '--> views, casts, s --> gradient of W      gradient of W: none
+    y --> attach(y, port) --> returned            y --> returned
+
+Identity: whoever reads the port's gradient holds v, and A (x) v is what the gradient of W
+would have been; sums of gradients, their scaling and their norm are the same in A, because
+v has length one. A port is an input of zeros that only ties the small gradient to autograd:
+no forward value depends on it. Where the gradient of W is not of this form (several terms,
+a transposed weight) it stays as it was, and the port's is none.
+Source: design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from passes.base import (
+    CASTS,
+    CONVERT,
+    Pass,
+    aten,
+    call,
+    is_transpose,
+    memory_of,
+    operand,
+)
+from passes.ops import port_attach, velora_reconstruct
+
+ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.full.default)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A gradient that is factor * reconstruct(small, v)."""
+
+    small: Node  # (O, G)
+    factors: tuple[float, ...]
+
+
+def return_coordinates(ports: Mapping[int, int]) -> Pass:
+    """For each weight in `ports`, argument of W -> argument of its port."""
+
+    def rewrite(gm: GraphModule) -> None:
+        output = gm.graph.output_node()
+        gradient_of = output.meta["gradient_of"]
+        returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        for weight, port in ports.items():
+            if port not in gradient_of:
+                continue
+            at, small_at = gradient_of.index(weight), gradient_of.index(port)
+            if returned[small_at] is not None and _is_placeholder_gradient(returned[small_at]):
+                found = _coordinates(returned[at], output)
+                returned[small_at] = None if found is None else _emit(found, returned[at])
+                returned[at] = returned[at] if found is None else None
+        output.args = (tuple(returned),)
+        for node in gm.graph.find_nodes(op="call_function", target=port_attach):
+            _detach(node)
+        gm.graph.eliminate_dead_code()
+
+    key = tuple(sorted(ports.items()))
+    identity = "dW = A (x) v: A is returned, and W's gradient is read as A (x) v"
+    name = "return_coordinates"
+    return Pass(name, rewrite, exact=True, key=key, identity=identity, drops=True)
+
+
+def _is_placeholder_gradient(node: Node) -> bool:
+    """True for the zeros that `attach` gives a port, False once it is rewritten."""
+    return node.target in ZEROS
+
+
+def _coordinates(node: Any, user: Node) -> Coordinates | None:
+    """What a gradient is made of, seen through what nothing else reads."""
+    factors: list[float] = []
+    transposed = False
+    while isinstance(node, Node) and set(node.users) == {user}:
+        if node.target is velora_reconstruct:
+            small = operand(node, 0)
+            return None if transposed else Coordinates(small, tuple(factors))
+        if node.target is aten.mul.Tensor and isinstance(node.args[1], float):
+            factors.append(node.args[1])
+        elif is_transpose(node):
+            transposed = not transposed
+        elif node.target not in CASTS:
+            return None
+        node, user = operand(node, 0), node
+    return None
+
+
+def _emit(found: Coordinates, gradient: Node) -> Node:
+    """In the dtype of the gradient that it stands for."""
+    small, dtype = found.small, gradient.meta["val"].dtype
+    if small.meta["val"].dtype != dtype:
+        small = call(gradient, CONVERT, small, dtype)
+    for factor in found.factors:
+        small = call(gradient, aten.mul.Tensor, small, factor)
+    return small
+
+
+def _detach(node: Node) -> None:
+    """y itself, or a copy where its memory is somebody else's too: it was fresh before."""
+    y = operand(node, 0)
+    output: Any = node.graph.output_node().args[0]
+    others = [n for n in output if isinstance(n, Node) and n is not node]
+    memory = memory_of(y)
+    shared = memory.op == "placeholder" or memory in map(memory_of, others)
+    node.replace_all_uses_with(call(node, aten.clone.default, y) if shared else y)
+    node.graph.erase_node(node)
