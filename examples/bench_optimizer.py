@@ -35,7 +35,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from stdlib_text import batches, stdlib_ids
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,6 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memrewrite
 from memrewrite import GaLore, projector
+from memrewrite.bench.text import batches, stdlib_ids
 
 MB = 1e6
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}

@@ -2,19 +2,17 @@
 
     python examples/bench_peak.py --output docs/results/NAME.json
 
-Each model, batch and way to compile runs in a process of its own with malloc told to give
-memory back at once. "physical" is the resident high-water mark of a phase above the idle
-process (after three steps, gradients dropped), plus the exact bytes of weights, buffers and
-optimizer state that idle holds. "predicted" is memrewrite.estimate's figure for the phase.
+Each model, batch and way to compile runs in a process of its own. "physical" is the resident
+high-water mark of a phase above the idle process (after a few steps, gradients dropped), plus
+the exact bytes of weights, buffers and optimizer state that idle holds. "predicted" is
+memrewrite.estimate's figure for the phase.
 MB are 10^6 bytes. CPU only: on a GPU the allocator's own peak is the figure to compare.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import json
 import os
 import platform
@@ -30,12 +28,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import memrewrite
+from memrewrite.bench import meters, optimizers
 
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}
 BATCHES = (2, 4, 8)
 WAYS = ("torch.compile", "memrewrite velora all")
 TOKENS = {"vocab_size": 4096, "use_cache": False, "pad_token_id": 0}
@@ -121,44 +115,24 @@ def child(name: str, batch: int, way: str) -> dict[str, Any]:
         model.compile()
     else:
         memrewrite.compile(model, velora=memrewrite.VeLoRA(sites="all"))
+    reading = meters.meter("cpu")
     for _ in range(3):
         model(**given).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    idle = settle()
-    held = [*model.parameters(), *model.buffers()]
-    held += [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-    exact = sum(t.untyped_storage().nbytes() for t in held)
+    idle = reading.settle()
+    held = [*model.parameters(), *model.buffers(), *optimizers.state_tensors(optimizer)]
+    exact = meters.unique_bytes(held)
     marks = {}
     loss = model(**given).loss
-    marks["forward"] = peak()
-    reset()
+    marks["forward"] = reading.peak()
+    reading.reset()
     loss.backward()
-    marks["backward"] = peak()
-    reset()
+    marks["backward"] = reading.peak()
+    reading.reset()
     optimizer.step()
-    marks["step"] = peak()
+    marks["step"] = reading.peak()
     return {phase: mark - idle + exact for phase, mark in marks.items()}
-
-
-def settle() -> int:
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    reset()
-    return _status("VmRSS")
-
-
-def reset() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 # --- all of them ---------------------------------------------------------------------------
@@ -178,7 +152,7 @@ def run(name: str, batch: int, way: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         result = subprocess.run(
             [sys.executable, __file__, "--child", name, str(batch), way],
-            env={**os.environ, **MALLOC, "TORCHINDUCTOR_CACHE_DIR": cache},
+            env={**os.environ, **meters.FREE_AT_ONCE, "TORCHINDUCTOR_CACHE_DIR": cache},
             stdout=subprocess.PIPE,
             check=True,
             text=True,

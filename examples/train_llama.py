@@ -32,7 +32,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from stdlib_text import VOCABULARIES, batches, stdlib_ids
 from tabulate import tabulate
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import memrewrite
+from memrewrite.bench.text import VOCABULARIES, batches, stdlib_ids
 
 RANK = 128
 CONFIGURATIONS: dict[str, Callable[[LlamaForCausalLM], object]] = {

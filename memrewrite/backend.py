@@ -17,12 +17,10 @@ Every private torch API here was read and run on torch 2.13.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule
 
-import passes
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.partition import Compile, Halves, divide, rewrite
-from memrewrite.plan import PassesFor, Plan
+from memrewrite.plan import PassesFor, Plan, Weight, source_hash
 from memrewrite.record import GraphRecord
 from passes.base import copy_graph
 
@@ -60,15 +57,6 @@ def _compiling() -> Iterator[Compile]:
 
 
 # --- the two hooks -------------------------------------------------------------------
-
-
-@functools.cache
-def source_hash() -> str:
-    """Of every file that decides what a graph becomes: yesterday's pass is another pass."""
-    folders = (Path(passes.__file__).parent, Path(__file__).parent)
-    files = sorted(p for folder in folders for p in folder.glob("*.py"))
-    content = b"".join(path.read_bytes() for path in files)
-    return hashlib.sha256(torch.__version__.encode() + content).hexdigest()
 
 
 class JointPasses(CustomGraphPass):
@@ -228,16 +216,6 @@ def _compile_eager(
 # --- one captured graph ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A selected weight as one captured graph sees it."""
-
-    position: int
-    size: int  # M
-    dtype: torch.dtype  # of v
-    device: torch.device
-
-
 def capture(
     gm: GraphModule,
     inputs: Sequence[Any],
@@ -345,3 +323,18 @@ def compile_update(gm: GraphModule, engine: Engine) -> Callable[..., Any]:
             return gm(*tensors)
 
     return run
+
+
+# --- torch's own knobs, for comparisons ---------------------------------------------------
+
+
+def set_torch(functorch: Mapping[str, Any], inductor: Mapping[str, Any]) -> None:
+    """Settings of torch's own, for the rest of this process."""
+    for config, wanted in ((functorch_config, functorch), (inductor_config, inductor)):
+        for name, value in wanted.items():
+            setattr(config, name, value)
+
+
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has captured in this process, recompiles included."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memrewrite.backend import Weight, copy_module
+from memrewrite.backend import copy_module
+from memrewrite.plan import Weight
 
 aten = torch.ops.aten
 MATMULS = {  # op -> positions of its two factors

@@ -6,7 +6,7 @@ import argparse
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import memrewrite
@@ -24,18 +24,32 @@ PROBLEMS = (UnsupportedError, ValueError, TypeError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 2 for a request that cannot be honoured."""
     parser = _parser()
-    ours, theirs = _split(list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"]:
+        return _refusing("bench", lambda: _bench(words[1:]))
+    ours, theirs = _split(words)
     arguments = parser.parse_args(ours)
     arguments.theirs = theirs
     if arguments.command is None:
         parser.print_help()
         return 0
     commands = {"sites": _sites, "estimate": _estimate, "report": _report, "dump": _dump}
+    return _refusing(arguments.command, lambda: commands[arguments.command](arguments))
+
+
+def _refusing(command: str, work: Callable[[], int]) -> int:
+    """2, and one line, for what cannot be done."""
     try:
-        return commands[arguments.command](arguments)
+        return work()
     except PROBLEMS as error:
-        print(f"memrewrite {arguments.command}: {error}", file=sys.stderr)
+        print(f"memrewrite {command}: {error}", file=sys.stderr)
         return 2
+
+
+def _bench(words: list[str]) -> int:
+    from memrewrite.bench.cli import main as bench
+
+    return bench(words)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -53,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=memrewrite.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "bench", help="what each way of training costs, rivals included; bench train; bench page"
+    )
     sites = commands.add_parser(
         "sites", help="list what VeLoRA would select in a Hugging Face config's model"
     )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+import passes
 from passes.base import Pass
 
 
@@ -24,3 +30,22 @@ class Plan:
 
 
 PassesFor = Callable[[Plan], list[Pass]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A selected weight as one captured graph sees it."""
+
+    position: int
+    size: int  # M
+    dtype: torch.dtype  # of v
+    device: torch.device
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of every file that decides what a graph becomes: yesterday's pass is another pass."""
+    folders = (Path(passes.__file__).parent, Path(__file__).parent)
+    files = sorted(p for folder in folders for p in folder.glob("*.py"))
+    content = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(torch.__version__.encode() + content).hexdigest()

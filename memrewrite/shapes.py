@@ -1,8 +1,8 @@
 """Models and inputs by description, without memory: what the shell commands are asked about.
 
 A MODEL is a Hugging Face config.json, one of the GaLore paper's LLaMA shapes by name
-(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), or `module:function`, a callable that returns
-(model, args, kwargs).
+(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, or `module:function`,
+a callable that returns (model, args, kwargs).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import memrewrite
@@ -26,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # hidden, intermediate, layers, heads, key-value heads; vocabulary 32000. GaLore: arXiv
 # 2403.03507, table 5 and its configs; 70b: arXiv 2307.09288.
 LLAMA = {
+    "llama-tiny": (128, 352, 4, 4, 4),  # ours: to train in a minute
     "llama-60m": (512, 1376, 8, 8, 8),
     "llama-130m": (768, 2048, 12, 12, 12),
     "llama-350m": (1024, 2736, 24, 16, 16),
@@ -33,6 +34,7 @@ LLAMA = {
     "llama-7b": (4096, 11008, 32, 32, 32),
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
+NAMES = (*LLAMA, "gpt2-small", "vit-small")
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> None
         "model",
         nargs="?",
         default="",
-        help=f"{what}a config.json, {', '.join(LLAMA)}, or module:function",
+        help=f"{what}a config.json, {', '.join(NAMES)}, or module:function",
     )
     parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
     parser.add_argument("--batch", type=_positive, default=1)
@@ -69,8 +71,9 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
     name = arguments.hf_config or arguments.model
     if not name:
         raise ValueError("name a model: a config.json, a known shape, or module:function")
+    given: tuple[Any, ...] = ()
     if ":" in name:
-        model, given, named = _called(name)
+        model, given, named = called(name)
     else:
         model = from_config(name, arguments.vocab, arguments.layers)
         model.to(dtype=DTYPES[arguments.dtype])
@@ -78,8 +81,7 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
             checkpointed: Any = model
             checkpointed.gradient_checkpointing_enable()
         with torch.device("meta"):
-            ids = torch.zeros(arguments.batch, arguments.seq, dtype=torch.int64)
-        given, named = (), {"input_ids": ids, "labels": ids}
+            named = inputs(model, arguments.batch, arguments.seq, DTYPES[arguments.dtype])
     sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
     velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
     memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank)
@@ -96,24 +98,45 @@ def depth(arguments: argparse.Namespace) -> int | None:
     return getattr(_config(name), "num_hidden_layers", None)
 
 
-def from_config(name: str, vocab: int | None = None, layers: int | None = None) -> nn.Module:
-    """A causal language model on the meta device. Raises ValueError for an unknown one."""
+def from_config(
+    name: str,
+    vocab: int | None = None,
+    layers: int | None = None,
+    device: str = "meta",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A causal language model, or an image classifier where the config is one's.
+
+    On the meta device it takes no memory. Raises ValueError for an unknown one.
+    """
     config = _config(name)
     if vocab is not None:
         config.vocab_size = vocab
     if layers is not None:
         config.num_hidden_layers = layers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-    architectures: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model: nn.Module = architectures.from_config(config)
+    images = "image_size" in vars(config)
+    architectures: Any = AutoModelForImageClassification if images else AutoModelForCausalLM
+    with torch.device(device):
+        model: nn.Module = architectures.from_config(config, **({"dtype": dtype} if dtype else {}))
     return model.train()
+
+
+def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch of random tokens, its own labels; of images for a model that takes them."""
+    config = model.config
+    if "image_size" in vars(config):
+        size = (batch, config.num_channels, config.image_size, config.image_size)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        return {"pixel_values": torch.randn(size, dtype=dtype), "labels": labels}
+    ids = torch.randint(config.vocab_size, (batch, sequence))
+    return {"input_ids": ids, "labels": ids}
 
 
 def _config(name: str) -> Any:
     try:
-        from transformers import AutoConfig, LlamaConfig
+        from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'memrewrite[hf]'") from error
     config: Any
@@ -128,15 +151,21 @@ def _config(name: str) -> Any:
             vocab_size=32000,
             max_position_embeddings=4096,
         )
+    elif name == "gpt2-small":
+        config = GPT2Config()
+    elif name == "vit-small":  # Touvron et al., arXiv 2012.12877, table 1 (DeiT-S)
+        config = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
+        config.num_labels = 1000
     elif Path(name).exists():
         config = AutoConfig.from_pretrained(name)
     else:
-        raise ValueError(f"{name!r} is neither a file nor one of {', '.join(LLAMA)}")
+        raise ValueError(f"{name!r} is neither a file nor one of {', '.join(NAMES)}")
     config.use_cache = False
     return config
 
 
-def _called(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def called(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """What `module:function` returns. Raises ValueError where that is something else."""
     module, _, function = name.partition(":")
     made = getattr(importlib.import_module(module), function)()
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from memrewrite import calibrate
-from memrewrite.backend import Engine, Weight, capture
+from memrewrite.backend import Engine, capture
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.logs import tell
 from memrewrite.options import GaLore, VeLoRA
-from memrewrite.plan import PassesFor
+from memrewrite.plan import PassesFor, Weight
 from memrewrite.record import GraphRecord
 from memrewrite.sites import Candidate, candidates, select, why_not
 
@@ -88,6 +88,8 @@ class Session:
             else:
                 raise ValueError(f"{key!r} is no entry of a memrewrite state")
         self.vectors, self.sums, self.unseen = vectors, sums, set()
+        for binding in (b for graph in self.graphs for b in graph.bindings.values()):
+            binding.calibrated = False  # what the state lacks, the next batch tells
 
     def _check(self, key: str, tensor: Tensor, name: str, names: set[str]) -> None:
         if self.velora is None:

@@ -45,8 +45,6 @@ def test_private_torch_stands_behind_one_file(path: Path) -> None:
     text = path.read_text()
     if path.name == "backend.py":
         return
-    if path.parent.name == "examples" and path.name == "bench_step.py":
-        return  # it measures torch's own settings, which are private
     assert not [name for name in PRIVATE if name in text], path
 
 

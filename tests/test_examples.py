@@ -50,21 +50,3 @@ def test_the_demo(tmp_path: Path) -> None:
 def test_the_demo_refuses_bad_input(arguments: tuple[str, ...], words: str) -> None:
     done = example("train_llama.py", *arguments)
     assert done.returncode == 2 and words in done.stderr
-
-
-def test_the_bench(tmp_path: Path) -> None:
-    output = tmp_path / "bench.json"
-    shape = "--layers 1 --hidden 32 --intermediate 64 --heads 2 --vocab 64 --batch 2 --sequence 16"
-    few = "--repeats 1 --steps 1 --subtoken 8"
-    chosen = "torch.compile,memrewrite velora all"
-    done = example(
-        "bench_step.py",
-        *f"{shape} {few}".split(),
-        *("--configurations", chosen, "--output", str(output)),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
-    assert set(rows) == set(chosen.split(","))
-    assert not any(row["errors"] for row in rows.values())
-    summary = rows["memrewrite velora all"]["summary"]
-    assert summary["saved_mb_ratio"] < 1 and summary["recompiles"] == 0

@@ -1,0 +1,246 @@
+"""memrewrite bench [train | page]: flags, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memrewrite import shapes
+from memrewrite.bench import chart, configurations, pareto
+from memrewrite.bench.cost import Cost, Settings
+from memrewrite.bench.document import Document
+from memrewrite.bench.subject import Request, settings
+from memrewrite.bench.summary import problems, summarise
+from memrewrite.bench.table import LEGEND, LOSS_LEGEND, loss_table, table
+
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
+
+
+def main(argv: Sequence[str]) -> int:
+    """What follows `memrewrite bench`. Returns the exit status.
+
+    Raises ValueError, OSError and ImportError for requests that cannot be honoured.
+    """
+    words = list(argv)
+    kinds: dict[str, Callable[[list[str]], int]] = {"train": _train, "page": _page}
+    if words and words[0] in kinds:
+        return kinds[words[0]](words[1:])
+    return _cost(words)
+
+
+# --- cost ----------------------------------------------------------------------------------
+
+
+def _cost(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="memrewrite bench",
+        description="What each way of training a model costs, rivals included. "
+        "See also: bench train, bench page.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=configurations.__doc__,
+    )
+    model_flags(parser, "llama-60m", batch=8, seq=256)
+    common_flags(parser, "quick", Path("out/bench"))
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps (%(default)s)")
+    parser.add_argument("--together", type=int, default=6, help="processes at once (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds an answer may take")
+    given = parser.parse_args(words)
+    _check(given)
+    chosen = configurations.chosen(given.configurations)
+    asked = _request(given)
+    document = Document(given.output, {"kind": "cost", **settings(asked)}, given.resume)
+    how = Settings(given.repeats, given.rounds, given.together, given.timeout)
+    with _progress() as (tell, tick, expect):
+        bench = Cost(document, asked, chosen, how, tell, tick)
+        expect(len(bench.remaining()))
+        return _run(bench.run, document, lambda: write(document.data, given.output))
+
+
+def write(data: dict[str, Any], folder: Path) -> None:
+    """The table, as text and Markdown, and the chart, of a document."""
+    summarise(data["rows"])
+    rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
+    print(f"\n{table(rows)}\n\n{LEGEND}\n")
+    for line in [line for row in rows for line in problems(row)]:
+        print(line)
+    for verdict in pareto.verdicts(rows):
+        print(pareto.told(verdict).replace("**", ""))
+    (folder / "table.md").write_text(table(rows, "github") + "\n")
+    try:
+        chart.pareto(rows, _title(data), folder / "pareto.svg")
+    except ImportError as error:
+        print(f"no chart: {error}")
+    print(f"\nwritten: {folder}")
+
+
+def _title(data: dict[str, Any]) -> str:
+    asked, where = data["request"], data["environment"]
+    size = f"{asked['batch']} x {asked['seq']}"
+    return f"{asked['model']}, {size}, {asked['dtype']}, {where['card'] or 'CPU'}"
+
+
+# --- training ------------------------------------------------------------------------------
+
+
+def training(given: argparse.Namespace) -> int:
+    """`bench train`, its flags read."""
+    from memrewrite.bench import quality
+
+    _check(given)
+    try:
+        rates = sorted({float(word) for word in given.lrs.split(",")})
+    except ValueError:
+        raise ValueError(f"--lrs {given.lrs!r}: write numbers, separated by commas") from None
+    if min(rates) <= 0:
+        raise ValueError(f"--lrs {given.lrs!r}: learning rates are positive")
+    chosen = configurations.chosen(given.configurations)
+    asked = _request(given)
+    request = {"kind": "train", "steps": given.steps, **settings(asked)}
+    document = Document(given.output, request, given.resume)
+    how = quality.Settings(given.steps, given.seeds, rates, given.data)
+    with _progress() as (tell, tick, expect):
+        bench = quality.Quality(document, asked, chosen, how, tell, tick)
+        expect(bench.expected())
+        return _run(bench.run, document, lambda: write_losses(document.data, given.output))
+
+
+def write_losses(data: dict[str, Any], folder: Path) -> None:
+    """The table, as text and Markdown, and the chart, of a training document."""
+    from memrewrite.bench import quality
+
+    quality.summarise(data)
+    rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
+    print(f"\n{loss_table(rows)}\n\n{LOSS_LEGEND}\n")
+    for line in [line for row in rows for line in problems(row)]:
+        print(line)
+    (folder / "table.md").write_text(loss_table(rows, "github") + "\n")
+    try:
+        chart.losses(rows, _title(data), folder / "losses.svg")
+    except ImportError as error:
+        print(f"no chart: {error}")
+    print(f"\nwritten: {folder}")
+
+
+# --- shared --------------------------------------------------------------------------------
+
+
+def model_flags(
+    parser: argparse.ArgumentParser, model: str, batch: int, seq: int, rank: int = 128
+) -> None:
+    """What is trained."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=model,
+        help=f"a config.json, {', '.join(shapes.NAMES)}, or module:function (%(default)s)",
+    )
+    parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
+    parser.add_argument("--batch", type=int, default=batch, help="%(default)s")
+    parser.add_argument("--seq", type=int, default=seq, help="%(default)s")
+    parser.add_argument("--vocab", type=int, help="another vocabulary than the model's")
+    parser.add_argument("--layers", type=int, help="another depth than the model's")
+    parser.add_argument("--dtype", choices=shapes.DTYPES, default="fp32", help="%(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    parser.add_argument("--rank", type=int, default=rank, help="of GaLore (%(default)s)")
+
+
+def common_flags(parser: argparse.ArgumentParser, default: str, output: Path) -> None:
+    """Which ways, and where results go."""
+    sets = ", ".join(configurations.SETS)
+    parser.add_argument(
+        "--configurations",
+        default=default,
+        help=f"names, patterns or sets ({sets}, all), by commas (%(default)s)",
+    )
+    parser.add_argument("--output", type=Path, default=output, help="%(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --output")
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name, value in vars(given).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not positive")
+    try:
+        torch.empty(0, device=given.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {given.device} is not here: {reason}") from None
+    if torch.device(given.device).type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {given.device}: memory is measured on cpu and cuda only")
+    if given.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise ValueError("--device cpu reads memory from /proc, which only Linux has")
+
+
+def _request(given: argparse.Namespace) -> Request:
+    model = given.hf_config or given.model
+    if ":" not in model:
+        shapes.from_config(model)  # an unknown one is an error now, not in each process
+    keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh")
+    return Request(model, **{key: getattr(given, key) for key in keys if key in given})
+
+
+def _run(work: Callable[[], None], document: Document, show: Callable[[], None]) -> int:
+    """Do it; show what there is, whatever happens."""
+    status = 0
+    try:
+        work()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        document.save()
+    show()
+    if status:
+        print("interrupted; what was complete is kept. The same command with --resume goes on.")
+    elif all(problems(row) for row in document.data["rows"]):
+        status = 1
+    return status
+
+
+@contextmanager
+def _progress() -> Iterator[
+    tuple[Callable[[str], None], Callable[[], None], Callable[[int], None]]
+]:
+    """(say what is being done, one is complete, how many there are to be)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield (lambda text: print(text, file=sys.stderr)), (lambda: None), (lambda total: None)
+        return
+    with tqdm(unit="run", dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def expect(total: int) -> None:
+            bar.reset(total)
+
+        def tell(text: str) -> None:
+            bar.set_description(text)
+
+        yield tell, bar.update, expect
+
+
+# --- the other two --------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> int:
+    from memrewrite.bench.quality import main as train
+
+    return train(words)
+
+
+def _page(words: list[str]) -> int:
+    from memrewrite.bench.page import write_page
+
+    parser = argparse.ArgumentParser(
+        prog="memrewrite bench page",
+        description="The results page of all benches below a folder: README.md, and a chart each.",
+    )
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args(words)
+    print(write_page(given.folder))
+    return 0

@@ -1,0 +1,272 @@
+"""A way of training, written as its parts joined by `+`.
+
+    eager                      no compiler
+    torch.compile              the baseline of every ratio
+    memrewrite                 exact rewrites alone
+    velora-SITES-M             memrewrite with VeLoRA; SITES is auto or all, M the sub-token size
+    galore                     memrewrite with GaLore at --rank
+    module:function            your own: called with the model, compiles or wraps it in place
+
+    checkpointing              of each layer, by the model's own switch
+    aggressive                 torch's aggressive_recomputation
+    budget-X                   torch's activation_memory_budget=X
+    fp8                        torch's fp8 pass over saved activations
+    lora                       LoRA adapters on the value and down projections
+    peft-velora-M              PEFT's VeLoRA on them
+    adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
+                               in place of fused AdamW
+    frozen-SITES               those weights get no gradient: a control for `bench train`
+    lr-sqrt                    the learning rate of VeLoRA's weights divided by sqrt(M)
+
+Parts compose: `velora-all-16+checkpointing+galore`. A name that says neither eager nor
+memrewrite is compiled by torch.compile, `checkpointing` alone included.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import Any, Literal
+
+Engine = Literal["eager", "torch.compile", "memrewrite"]
+BASELINE = "torch.compile"
+OPTIMIZERS = {  # part: what must be installed
+    "adamw8bit-torchao": "torchao",
+    "adamw8bit-bitsandbytes": "bitsandbytes",
+    "adafactor": "torch",
+    "galore-torch": "galore_torch",
+    "apollo-torch": "apollo_torch",
+}
+# Without a size limit: its default leaves anything below 100 MB alone. torch's own default
+# lets bf16 alone; a comparison in fp32 needs both.
+FP8 = {
+    "activation_quantization_aten_pass": {
+        "size_in_mb": 0,
+        "allowed_dtypes": "torch.float32;torch.bfloat16",
+        "quant_type": "torch.float8_e5m2",
+        "use_scaling": True,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table.
+
+    velora: M, or None. budget and the like: torch's own settings. exact: gradients are those
+    of the plain model and the optimizer is Adam's own, so that only cost can differ.
+    """
+
+    name: str
+    engine: Engine = "torch.compile"
+    own: str | None = None
+    checkpointing: bool = False
+    aggressive: bool = False
+    budget: float | None = None
+    fp8: bool = False
+    lora: bool = False
+    peft_velora: int | None = None
+    velora: int | None = None
+    sites: Literal["auto", "all"] = "auto"
+    galore: bool = False
+    optimizer: str = "adamw"
+    frozen: Literal["auto", "all"] | None = None
+    lr_sqrt: bool = False
+
+    @property
+    def exact(self) -> bool:
+        approximate = self.fp8 or self.velora or self.peft_velora or self.galore or self.own
+        return not approximate and self.optimizer == "adamw" and self.frozen is None
+
+    @property
+    def ours(self) -> bool:
+        return self.engine == "memrewrite"
+
+    @property
+    def projected(self) -> bool:
+        """The optimizer refreshes a projector now and then."""
+        return self.galore or self.optimizer in ("galore-torch", "apollo-torch")
+
+    @property
+    def only_training(self) -> bool:
+        """It differs from another one in the loss alone: there is no cost to measure."""
+        return self.frozen is not None or self.lr_sqrt
+
+    @property
+    def baseline(self) -> str:
+        """What its ratios are to."""
+        return f"lora+{BASELINE}" if self.lora else BASELINE
+
+    @property
+    def reference(self) -> str:
+        """Whose gradients are the exact ones."""
+        return "lora+eager" if self.lora else "eager"
+
+    @property
+    def functorch(self) -> dict[str, Any]:
+        wanted: dict[str, Any] = {}
+        if self.aggressive:
+            wanted["aggressive_recomputation"] = True
+        if self.budget is not None:
+            wanted["activation_memory_budget"] = self.budget
+        return wanted
+
+    @property
+    def inductor(self) -> dict[str, Any]:
+        return {"post_grad_fusion_options": FP8} if self.fp8 else {}
+
+    def missing(self) -> str | None:
+        """The package without which it cannot run, if one is."""
+        wanted = [OPTIMIZERS.get(self.optimizer, "torch")]
+        wanted += ["peft"] if self.lora else []
+        return next((package for package in wanted if find_spec(package) is None), None)
+
+
+@dataclass
+class _Reading:
+    """What the parts read so far have said."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, part: str, **facts: Any) -> None:
+        for key, value in facts.items():
+            if self.fields.get(key, value) != value:
+                raise ValueError(f"{part!r} and an earlier part disagree about {key}")
+            self.fields[key] = value
+
+
+def parse(name: str) -> Configuration:
+    """The configuration of that name. Raises ValueError for a part that means nothing."""
+    said = _Reading()
+    for part in name.split("+"):
+        said.say(part, **_meaning(part))
+    found = replace(Configuration(name), **said.fields)
+    if found.lr_sqrt and found.velora is None:
+        raise ValueError(f"{name!r}: lr-sqrt divides the learning rate of velora's weights")
+    if found.peft_velora and not found.lora:
+        raise ValueError(f"{name!r}: PEFT's VeLoRA needs lora")
+    return found
+
+
+def _meaning(part: str) -> dict[str, Any]:
+    plain: dict[str, dict[str, Any]] = {
+        "eager": {"engine": "eager"},
+        "torch.compile": {"engine": "torch.compile"},
+        "memrewrite": {"engine": "memrewrite"},
+        "checkpointing": {"checkpointing": True},
+        "aggressive": {"aggressive": True},
+        "fp8": {"fp8": True},
+        "lora": {"lora": True},
+        "galore": {"engine": "memrewrite", "galore": True},
+        "lr-sqrt": {"lr_sqrt": True},
+        **{f"frozen-{sites}": {"frozen": sites} for sites in ("auto", "all")},
+        **{optimizer: {"optimizer": optimizer} for optimizer in OPTIMIZERS},
+    }
+    if part in plain:
+        return plain[part]
+    if ":" in part:
+        return {"engine": "eager", "own": part}
+    kind, _, value = part.rpartition("-")
+    if kind == "budget" and _is_share(value):
+        return {"budget": float(value)}
+    if value.isdecimal() and int(value):
+        if kind == "peft-velora":
+            return {"engine": "eager", "peft_velora": int(value)}
+        for sites in ("auto", "all"):
+            if kind == f"velora-{sites}":
+                return {"engine": "memrewrite", "velora": int(value), "sites": sites}
+    known = [*plain, "velora-auto-16", "velora-all-16", "budget-0.5", "peft-velora-16"]
+    near = difflib.get_close_matches(part, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"no part of a configuration is named {part!r}{hint} There are {', '.join(known)}, "
+        "and module:function"
+    )
+
+
+def _is_share(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal() and 0 <= float(text) <= 1
+
+
+SETS: dict[str, Sequence[str]] = {
+    "quick": (
+        "torch.compile",
+        "torch.compile+checkpointing",
+        "budget-0.5",
+        "memrewrite",
+        "velora-all-16",
+        "velora-all-16+checkpointing",
+    ),
+    "activations": (
+        "eager",
+        "eager+checkpointing",
+        "torch.compile",
+        "aggressive",
+        "budget-0.75",
+        "budget-0.5",
+        "budget-0.25",
+        "torch.compile+checkpointing",
+        "fp8",
+        "memrewrite",
+        "velora-auto-16",
+        "velora-all-8",
+        "velora-all-16",
+        "velora-all-32",
+        "velora-all-64",
+        "memrewrite+checkpointing",
+        "velora-auto-16+checkpointing",
+        "velora-all-16+checkpointing",
+        "velora-all-16+budget-0.5",
+    ),
+    "optimizers": (
+        "torch.compile",
+        "adamw8bit-torchao",
+        "adamw8bit-bitsandbytes",
+        "adafactor",
+        "galore-torch",
+        "apollo-torch",
+        "galore",
+        "velora-all-16+galore",
+    ),
+    "lora": ("lora+eager", "lora+torch.compile", "lora+peft-velora-16", "lora+velora-all-16"),
+    "train": (
+        "torch.compile",
+        "velora-auto-16",
+        "velora-auto-16+lr-sqrt",
+        "frozen-auto",
+        "velora-all-8",
+        "velora-all-16",
+        "velora-all-16+lr-sqrt",
+        "velora-all-64",
+        "frozen-all",
+        "galore-torch",
+        "galore",
+        "velora-auto-16+galore",
+    ),
+}
+
+
+def chosen(text: str) -> list[Configuration]:
+    """Those that a command line names: names, sets, and patterns over all sets, by commas.
+
+    Raises ValueError for what is none of these.
+    """
+    everything = dict.fromkeys(name for names in SETS.values() for name in names)
+    found: dict[str, Configuration] = {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word == "all":
+            names = [name for name in everything if not parse(name).only_training]
+        elif any(c in word for c in "*?["):
+            names = [name for name in everything if fnmatchcase(name, word)]
+            if not names:
+                raise ValueError(f"no configuration matches {word!r}")
+        else:
+            names = list(SETS.get(word, [word]))
+        for name in names:
+            found.setdefault(name, parse(name))
+    if not found:
+        raise ValueError(f"name a configuration, or a set: {', '.join(SETS)}, all")
+    return list(found.values())

@@ -1,0 +1,126 @@
+"""What a bench has found so far, on disk after every fact, so that nothing is lost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memrewrite
+from memrewrite.bench.configurations import Configuration
+
+FILE = "bench.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "torchao",
+    "bitsandbytes",
+    "galore-torch",
+    "apollo-torch",
+)
+
+
+class Document:
+    """One JSON file: what was asked, where it ran, and a row a configuration.
+
+    Raises FileExistsError for results that are there already (resume them, or go
+    elsewhere), ValueError where those to be resumed were asked for differently, OSError
+    where nothing can be written.
+    """
+
+    def __init__(self, folder: Path, request: Mapping[str, Any], resume: bool) -> None:
+        self.path = folder / FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = json.loads(json.dumps(dict(request)))
+        self.data: dict[str, Any] = {"request": asked, "environment": {}, "rows": []}
+        if self.path.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.path} holds results already; pass --resume to go on with them, or "
+                    "another --output"
+                )
+            self.data = load(self.path)
+            _same(self.data["request"], asked, self.path)
+            for row in self.data["rows"]:  # what failed is tried again
+                row["runs"] = [run for run in row["runs"] if run["error"] is None]
+        self.data["environment"] = environment(request.get("device", "cpu"))
+        self.save()
+
+    def row(self, configuration: Configuration) -> dict[str, Any]:
+        """That configuration's, a new one where there is none."""
+        for row in self.data["rows"]:
+            if row["name"] == configuration.name:
+                return row  # type: ignore[no-any-return]
+        row = {
+            "name": configuration.name,
+            "configuration": asdict(configuration),
+            "exact": configuration.exact,
+            "ours": configuration.ours,
+            "baseline": configuration.baseline,
+            "skipped": None,
+            "runs": [],
+        }
+        self.data["rows"].append(row)
+        return row
+
+    def order(self, configurations: Iterable[Configuration]) -> None:
+        """Rows in the order in which they were asked for; others stay, behind them."""
+        place = {c.name: i for i, c in enumerate(configurations)}
+        self.data["rows"].sort(key=lambda row: place.get(row["name"], len(place)))
+
+    def save(self) -> None:
+        """At once or not at all."""
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a Document wrote. Raises ValueError for any other file."""
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not (isinstance(data, dict) and {"request", "rows"} <= data.keys()):
+        raise ValueError(f"{path} was not written by a bench")
+    return data
+
+
+def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differ:
+        told = ", ".join(f"{key} {before.get(key)!r} then, {now.get(key)!r} now" for key in differ)
+        raise ValueError(f"{path} is of another request ({told}); choose another --output")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The machine and the versions."""
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "memrewrite": memrewrite.__version__,
+        **{p: importlib.metadata.version(p) for p in PACKAGES if find_spec(p.replace("-", "_"))},
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "card": torch.cuda.get_device_name(device) if cuda else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")

@@ -1,0 +1,97 @@
+"""The optimizers of the table, over one model, with the settings that make them comparable."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memrewrite.bench.configurations import Configuration
+from memrewrite.bench.subject import compressed
+from memrewrite.options import GaLore
+from memrewrite.projection import sites_of
+
+DECAY = 0.01
+
+
+def make(
+    configuration: Configuration, model: nn.Module, lr: float, rank: int, refresh: int
+) -> Optimizer:
+    """The configuration's optimizer over what the model trains.
+
+    galore-torch and apollo-torch project the weights that memrewrite would. Raises
+    ImportError, naming the package, where one is missing.
+    """
+    kind = configuration.optimizer
+    groups = list(_groups(configuration, model, lr))
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=DECAY, fused=True)
+    if kind == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr, weight_decay=DECAY)
+    if kind == "adamw8bit-torchao":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, weight_decay=DECAY)  # type: ignore[no-any-return]
+    if kind == "adamw8bit-bitsandbytes":
+        bits: Any = importlib.import_module("bitsandbytes.optim")
+        made: Optimizer = bits.AdamW8bit(groups, lr=lr, weight_decay=DECAY)
+        return made
+    projected = {id(site.candidate.parameter) for site in sites_of(model, GaLore(rank)).projected}
+    plain = [p for group in groups for p in group["params"] if id(p) not in projected]
+    small = [p for group in groups for p in group["params"] if id(p) in projected]
+    how: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "proj_type": "std"}
+    if kind == "galore-torch":
+        from galore_torch import GaLoreAdamW
+
+        how |= {"scale": 0.25}
+        return GaLoreAdamW(  # type: ignore[no-any-return]
+            [{"params": plain}, {"params": small, **how}],
+            lr=lr,
+            eps=1e-8,
+            weight_decay=DECAY,
+            no_deprecation_warning=True,
+        )
+    from apollo_torch import APOLLOAdamW
+
+    how |= {"proj": "random", "scale_type": "channel", "scale": 1.0}  # its paper's main setting
+    return APOLLOAdamW(  # type: ignore[no-any-return]
+        [{"params": plain}, {"params": small, **how}], lr=lr, eps=1e-8, weight_decay=DECAY
+    )
+
+
+def _groups(configuration: Configuration, model: nn.Module, lr: float) -> Iterator[dict[str, Any]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    apart: set[int] = set()
+    if configuration.lr_sqrt and configuration.velora:
+        slow = compressed(model, configuration.sites, configuration.velora)
+        apart = set(map(id, slow))
+        yield {"params": slow, "lr": lr / math.sqrt(configuration.velora)}
+    yield {"params": [p for p in trained if id(p) not in apart]}
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Every tensor that it holds between steps, projectors that hide in objects included."""
+    found: dict[int, Tensor] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            inner = getattr(value, "__tensor_flatten__", None)
+            if inner is None:
+                found[id(value)] = value
+            else:  # torchao's quantised state
+                for name in inner()[0]:
+                    walk(getattr(value, name))
+        elif isinstance(value, dict):
+            for each in value.values():
+                walk(each)
+        elif hasattr(value, "__dict__") and "projector" in type(value).__name__.lower():
+            walk(vars(value))
+
+    for state in optimizer.state.values():
+        walk(state)
+    return list(found.values())

@@ -1,0 +1,147 @@
+"""What is measured: a real model, its inputs, and the way of training asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memrewrite
+from memrewrite import shapes
+from memrewrite.api import call_of
+from memrewrite.backend import set_torch
+from memrewrite.bench.configurations import Configuration
+from memrewrite.sites import candidates, select, why_not
+
+SEED = 0
+LORA = ("v_proj", "down_proj")  # the sites of VeLoRA's paper
+
+
+@dataclass(frozen=True)
+class Request:
+    """The model and its inputs, as a command line describes them."""
+
+    model: str
+    batch: int = 8
+    seq: int = 256
+    vocab: int | None = None
+    layers: int | None = None
+    dtype: str = "fp32"
+    device: str = "cpu"
+    rank: int = 128
+    refresh: int = 10  # steps between refreshes of a projector: a few steps must meet one
+
+    def build(self, seed: int = SEED) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """(model, args, kwargs), the same ones for the same seed."""
+        torch.manual_seed(seed)
+        if ":" in self.model:
+            model, args, kwargs = shapes.called(self.model)
+            return model, args, kwargs
+        dtype = shapes.DTYPES[self.dtype]
+        model = shapes.from_config(self.model, self.vocab, self.layers, "cpu", dtype)
+        torch.manual_seed(seed + 1)
+        named = shapes.inputs(model, self.batch, self.seq, dtype)
+        model.to(self.device)
+        return model, (), {key: value.to(self.device) for key, value in named.items()}
+
+
+@dataclass
+class Subject:
+    """A model under one configuration."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of the model's own inputs, or of others. Raises ValueError for what is no loss."""
+        if not (args or kwargs):
+            args, kwargs = self.args, self.kwargs
+        out = self.model(*args, **kwargs)
+        loss = getattr(out, "loss", out)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"{type(self.model).__name__} returns a {type(out).__name__} without a scalar "
+                "loss; return one, or an output with .loss"
+            )
+        return loss
+
+
+def prepare(configuration: Configuration, asked: Request, seed: int = SEED) -> Subject:
+    """The model of that configuration, ready for its first step."""
+    set_torch(configuration.functorch, configuration.inductor)
+    model, args, kwargs = asked.build(seed)
+    if configuration.lora:
+        model = _with_lora(model, configuration.peft_velora).to(asked.device)
+    model.train()
+    if configuration.frozen is not None:
+        for parameter in compressed(model, configuration.frozen, None):
+            parameter.requires_grad_(False)
+    if configuration.checkpointing:
+        _checkpoint(model)
+    _compile(model, configuration, asked)
+    return Subject(model, args, kwargs)
+
+
+def compressed(model: nn.Module, sites: str, size: int | None) -> list[nn.Parameter]:
+    """The weights that VeLoRA at these sites compresses."""
+    options = None if size is None else memrewrite.VeLoRA(size, "all")
+    found = candidates(model)
+    names = select(found, "auto" if sites == "auto" else "all")
+    chosen = [c for c in found if c.name in names and why_not(c, options) is None]
+    return list({id(c.parameter): c.parameter for c in chosen}.values())
+
+
+def _checkpoint(model: Any) -> None:
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise ValueError(f"{type(model).__name__} has no switch for checkpointing")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> None:
+    if configuration.own is not None:
+        module, _, function = configuration.own.partition(":")
+        getattr(importlib.import_module(module), function)(model)
+    elif configuration.engine == "torch.compile":
+        model._compiled_call_impl = torch.compile(call_of(model))
+    elif configuration.engine == "memrewrite":
+        size = configuration.velora
+        velora = memrewrite.VeLoRA(size, configuration.sites) if size else False
+        galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh)
+        wanted = galore if configuration.galore else None
+        memrewrite.compile(model, velora=velora, galore=wanted)
+
+
+def _with_lora(model: Any, size: int | None) -> Any:
+    """Adapters of rank 8; with a sub-token size, under PEFT's VeLoRA.
+
+    B is drawn at random: at zero, as in training, the gradient of A would be zero and no
+    error in it could be seen. PEFT takes one number of groups for all layers: each is set
+    up anew with that of its width. Its v is the paper's and memrewrite's: the mean of the
+    first batch, then frozen.
+    """
+    from peft import LoraConfig, VeloraConfig, get_peft_model
+    from peft.tuners.lora.variants import VeloraLinearVariant
+
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    where: Any = list(LORA) if names.issuperset(LORA) else "all-linear"
+    config = LoraConfig(r=8, target_modules=where, init_lora_weights=False)
+    if size:
+        config.velora_config = VeloraConfig(init_type="batch_average_once")
+    adapted: Any = get_peft_model(model, config)
+    for module in adapted.modules():
+        if size and hasattr(module, "lora_velora_num_groups"):
+            groups = math.ceil(module.in_features / size)
+            config.velora_config = VeloraConfig(groups, init_type="batch_average_once")
+            VeloraLinearVariant.init(module, "default", config)
+    return adapted
+
+
+def settings(asked: Request) -> Mapping[str, Any]:
+    """The request as plain data."""
+    return dict(vars(asked))

@@ -1,0 +1,341 @@
+"""The bench without processes: names, figures, tables, who beats whom, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memrewrite
+from memrewrite.bench import meters, pareto, quality
+from memrewrite.bench.configurations import SETS, chosen, parse
+from memrewrite.bench.document import Document
+from memrewrite.bench.page import write_page
+from memrewrite.bench.summary import problems, summarise
+from memrewrite.bench.table import loss_table, table
+from memrewrite.bench.worker import compare
+from memrewrite.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- configurations ------------------------------------------------------------------------
+
+
+def test_a_name_is_its_parts() -> None:
+    found = parse("velora-all-32+checkpointing+budget-0.5+galore")
+    assert (found.engine, found.velora, found.sites) == ("memrewrite", 32, "all")
+    assert found.checkpointing and found.galore and found.functorch
+    assert not found.exact and found.ours and found.baseline == "torch.compile"
+    assert parse("budget-0.5").functorch == {"activation_memory_budget": 0.5}
+    assert parse("lora+velora-all-16").baseline == "lora+torch.compile"
+    assert parse("my:own").own == "my:own" and not parse("my:own").exact
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("eager+checkpointing", True),
+        ("aggressive", True),
+        ("memrewrite+checkpointing", True),
+        ("fp8", False),
+        ("velora-auto-16", False),
+        ("adafactor", False),
+        ("frozen-all", False),
+    ],
+)
+def test_which_are_exact(name: str, exact: bool) -> None:
+    assert parse(name).exact is exact
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torch.compil", "did you mean 'torch.compile'"),
+        ("budget-2", "no part of a configuration"),
+        ("velora-all-0", "no part of a configuration"),
+        ("velora-all-x", "no part of a configuration"),
+        ("eager+memrewrite", "disagree about engine"),
+        ("budget-0.5+budget-0.25", "disagree about budget"),
+        ("lr-sqrt", "velora's weights"),
+        ("peft-velora-16", "needs lora"),
+        ("", "name a configuration"),
+        ("nothing-*", "matches"),
+    ],
+)
+def test_names_that_mean_nothing(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        chosen(name)
+
+
+def test_sets_and_patterns() -> None:
+    assert [c.name for c in chosen("quick")] == list(SETS["quick"])
+    assert {c.name for c in chosen("budget-*")} == {"budget-0.75", "budget-0.5", "budget-0.25"}
+    assert [c.name for c in chosen("eager, eager,torch.compile")] == ["eager", "torch.compile"]
+    everything = {c.name for c in chosen("all")}
+    assert {*SETS["activations"], *SETS["optimizers"], *SETS["lora"]} <= everything
+    assert not any(parse(name).only_training for name in everything)
+
+
+# --- figures -------------------------------------------------------------------------------
+
+
+def row(name: str, memory: float, steps: list[float], ratios: list[float], **more: Any) -> Any:
+    configuration = parse(name)
+    run = {"repeat": 0, "error": None, "cold": True, "first_step_s": 10 * memory, "graphs": 1}
+    run |= {"step_s": steps, "refresh_s": [], "ratios": ratios, "recompiles": 0}
+    run |= {"memory": {"peak": memory * 1e6, "saved": memory * 5e5}, **more}
+    return {
+        "name": name,
+        "configuration": vars(configuration),
+        "exact": configuration.exact,
+        "ours": configuration.ours,
+        "baseline": configuration.baseline,
+        "skipped": None,
+        "runs": [run],
+    }
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    found = [
+        row("torch.compile", 100, [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]),
+        row("budget-0.5", 60, [2.0, 2.2, 2.4], [1.0, 1.1, 1.2]),
+        row("torch.compile+checkpointing", 30, [2.6], [1.3]),
+        row("memrewrite", 60, [2.2], [1.1]),
+        row("velora-all-16", 55, [1.6], [0.8]),
+        row("eager", 130, [2.8], [1.4]),
+    ]
+    summarise(found)
+    return found
+
+
+def test_medians_and_ratios(rows: list[dict[str, Any]]) -> None:
+    budget = rows[1]["summary"]
+    assert budget["peak_ratio"] == 0.6 and budget["saved_ratio"] == 0.6
+    assert budget["step_ratio"] == 1.1 and budget["step_s"] == 2.2
+    assert budget["step_ratio_spread"] == pytest.approx([1.05, 1.15])
+    assert budget["cold_first_step_s"] == 600
+
+
+def test_repeats_are_spread() -> None:
+    one = row("torch.compile", 100, [1.0], [1.0])
+    one["runs"] += row("torch.compile", 104, [1.2], [1.0])["runs"]
+    summarise([one])
+    assert one["summary"]["peak"] == 102e6
+    assert one["summary"]["peak_spread"] == [100e6, 104e6]
+
+
+def test_who_beats_whom(rows: list[dict[str, Any]]) -> None:
+    found = {v.rival["name"]: v for v in pareto.verdicts(rows)}
+    assert set(found) == {"budget-0.5", "torch.compile+checkpointing", "eager"}
+    budget = found["budget-0.5"]
+    assert budget.best is not None and budget.best["name"] == "velora-all-16"
+    assert budget.exact is not None and budget.exact["name"] == "memrewrite"
+    assert found["torch.compile+checkpointing"].best is None
+    assert "no memrewrite configuration" in pareto.told(found["torch.compile+checkpointing"])
+    names = [r["name"] for r in pareto.front(rows)]
+    assert names == ["velora-all-16", "torch.compile+checkpointing"]
+
+
+def test_the_table(rows: list[dict[str, Any]]) -> None:
+    rows[3]["runs"][0] |= {
+        "error": {
+            "stage": "first forward",
+            "type": "RuntimeError",
+            "message": "no",
+            "out_of_memory": True,
+        }
+    }
+    del rows[3]["runs"][0]["memory"]
+    summarise(rows)
+    lines = table(rows).splitlines()
+    assert lines[0].split()[:3] == ["configuration", "memory", "MB"]
+    assert "60.0 (0.60)" in lines[3] and "1.10 [1.05, 1.15]" in lines[3]
+    assert "out of memory at first forward" in lines[5]
+    assert problems(rows[3]) == ["memrewrite: out of memory at first forward: no"]
+    assert '<a id="at-x-budget-0-5"></a>budget-0.5' in table(rows, "github", "at-x")
+
+
+def training(name: str, losses: dict[tuple[float, int], float | None]) -> dict[str, Any]:
+    configuration = parse(name)
+    runs = [
+        {"lr": lr, "seed": seed, "loss": loss, "step_s": 0.5, "error": None}
+        for (lr, seed), loss in losses.items()
+    ]
+    return {"name": name, "configuration": vars(configuration), "skipped": None, "runs": runs}
+
+
+def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
+    base = training("torch.compile", {(1e-3, 0): 4.0, (2e-3, 0): 4.2, (1e-3, 1): 5.0})
+    ours = training("velora-all-16", {(1e-3, 0): 4.5, (2e-3, 0): 4.1, (2e-3, 1): 5.3})
+    frozen = training("frozen-all", {(1e-3, 0): None, (2e-3, 0): 4.4, (2e-3, 1): 5.4})
+    rows = [base, ours, frozen]
+    quality.summarise({"rows": rows, "request": {"batch": 2, "seq": 8}})
+    found = ours["summary"]
+    assert (found["lr"], found["seeds"], found["tokens_per_s"]) == (2e-3, 2, 32)
+    assert found["loss"] == pytest.approx(4.7) and found["delta"] == pytest.approx(0.2)
+    assert found["delta_spread"] == pytest.approx([0.1, 0.3])
+    line = loss_table(rows).splitlines()[3]
+    assert "50%" in line and "0.002 (edge)" in line  # frozen costs 0.4: half of it is kept
+
+
+def test_the_rate_rises_then_falls() -> None:
+    values = [quality._schedule(step, 100) for step in range(100)]
+    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert values[5] == 1.0 and values == [*values[:5], *sorted(values[5:], reverse=True)]
+    assert 0 < values[-1] < 1e-3
+
+
+def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked:
+        @staticmethod
+        def build(seed: int) -> Any:
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(32, 32, bias=False)), (), {}
+
+    model, _, _ = Asked.build(0)
+    velora = memrewrite.VeLoRA(subtoken_size=8, sites="all")
+    memrewrite.compile(model, velora=velora, backend="aot_eager")
+    model(torch.randn(4, 32)).sum().backward()
+    before = memrewrite.state_dict(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    quality._start_over(model, Asked(), 0)  # type: ignore[arg-type]
+    assert torch.equal(model[0].weight, Asked.build(0)[0][0].weight)
+    x = torch.randn(4, 32) + 1
+    model(x).sum().backward()
+    (v,) = memrewrite.state_dict(model).values()
+    mean = x.view(-1, 8).sum(0)
+    torch.testing.assert_close(v, mean / mean.norm())
+    assert not torch.equal(v, *before.values())
+
+
+def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:
+    path = tmp_path / "reference"
+    torch.save([torch.tensor([3.0]), torch.tensor([4.0])], path)
+    found = compare([torch.tensor([3.0]), torch.tensor([0.0])], str(path))
+    assert found == {"cosine": pytest.approx(0.6), "relative_error": pytest.approx(0.8)}
+    with pytest.raises(ValueError, match="other shapes"):
+        compare([torch.tensor([3.0])], str(path))
+
+
+# --- meters --------------------------------------------------------------------------------
+
+ALLOCATE = """
+import torch
+from memrewrite.bench.meters import meter, unique_bytes
+reading = meter("cpu")
+torch.ones(1000).sum()
+for megabytes in (100, 400):
+    before = reading.settle()
+    held = torch.ones(megabytes * 250_000)
+    taken = reading.peak() - before
+    assert abs(taken / (megabytes * 1e6) - 1) < 0.02, (megabytes, taken)
+    del held
+    reading.reset()
+    assert reading.peak() - before < 2e6
+assert unique_bytes([(x := torch.ones(8)), x.view(2, 4)]) == 32
+"""
+
+
+def test_a_known_allocation_is_measured_to_two_percent() -> None:
+    environment = {**os.environ, **meters.FREE_AT_ONCE}
+    subprocess.run([sys.executable, "-c", ALLOCATE], cwd=ROOT, env=environment, check=True)
+
+
+# --- documents and pages -------------------------------------------------------------------
+
+
+def test_results_are_not_overwritten(tmp_path: Path) -> None:
+    request = {"kind": "cost", "model": "a", "batch": 8}
+    document = Document(tmp_path, request, resume=False)
+    document.row(parse("eager"))["runs"] += [{"error": None}, {"error": {"stage": "x"}}]
+    document.save()
+    with pytest.raises(FileExistsError, match="--resume"):
+        Document(tmp_path, request, resume=False)
+    with pytest.raises(ValueError, match="batch 8 then, 4 now"):
+        Document(tmp_path, {**request, "batch": 4}, resume=True)
+    again = Document(tmp_path, request, resume=True)
+    assert again.row(parse("eager"))["runs"] == [{"error": None}]  # what failed is tried again
+
+
+def test_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        Document(tmp_path, {}, resume=True)
+    (tmp_path / "bench.json").write_text("[]")
+    with pytest.raises(ValueError, match="not written by a bench"):
+        Document(tmp_path, {}, resume=True)
+
+
+def test_the_page_prints_every_row(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    at = tmp_path / "small"
+    asked = {"kind": "cost", "model": "llama-60m", "batch": 8, "seq": 256, "dtype": "fp32"}
+    document = Document(at, {**asked, "vocab": 64, "layers": None, "rank": 8}, resume=False)
+    document.data["rows"] = rows
+    document.save()
+    (at / "notes.md").write_text("Mind the *logits*.\n")
+    (tmp_path / "older.md").write_text("# How it was\n\ntext\n")
+    text = write_page(tmp_path).read_text()
+    for each in rows:
+        assert f'<a id="at-small-{each["name"].replace("+", "-").replace(".", "-")}"></a>' in text
+    for words in ("Mind the *logits*.", "[How it was](older.md)", "small/pareto.svg", "CPU"):
+        assert words in text
+    assert "**velora-all-16** (memory 0.55, time 0.80)" in text
+    picture = (at / "pareto.svg").read_text()
+    assert picture.startswith("<?xml") and "velora-all-16" in picture.replace("<!-- ", "")
+    assert write_page(tmp_path).read_text() == text
+    assert (at / "pareto.svg").read_text() == picture
+
+
+def test_the_published_page_says_what_the_data_say(tmp_path: Path) -> None:
+    published = ROOT / "docs" / "results"
+    shutil.copytree(published, tmp_path / "results")
+    assert write_page(tmp_path / "results").read_text() == (published / "README.md").read_text()
+
+
+def test_a_page_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no bench\.json below"):
+        write_page(tmp_path)
+
+
+# --- the shell -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama-9t"], "neither a file nor one of"),
+        (["--configurations", "magic"], "no part of a configuration"),
+        (["--batch", "0"], "--batch 0 is not positive"),
+        (["--device", "cuda:63"], "--device cuda:63 is not here"),
+        (["--device", "meta"], "cpu and cuda only"),
+        (["--output", "/dev/null/here"], "/dev/null/here"),
+        (["train", "--lrs", "fast"], "write numbers"),
+        (["train", "--lrs", "-1"], "positive"),
+        (["page", "/nowhere"], r"no bench.json below"),
+    ],
+)
+def test_bad_requests(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words if {"--output", "page"} & {*words} else [*words, "--output", str(tmp_path)]
+    assert main(["bench", *given]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("memrewrite bench: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps({"request": {}, "rows": []}))
+    assert main(["bench", "--output", str(tmp_path)]) == 2
+    assert "holds results already" in capsys.readouterr().err
