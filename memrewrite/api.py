@@ -22,6 +22,7 @@ from memrewrite.watch import unwatch, watch
 from passes.base import Pass
 from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
+from passes.port import return_coordinates
 from passes.velora import compress_saved_inputs
 
 M = TypeVar("M", bound=nn.Module | Optimizer)
@@ -37,6 +38,7 @@ def passes_for(plan: Plan) -> list[Pass]:
     return [
         compress_saved_inputs(dict(plan.vectors), frozenset(plan.weights), plan.scale),
         fold_reconstruction(),
+        *([return_coordinates(dict(plan.ports))] if plan.ports else []),
         lower_ir_ops(),
     ]
 

@@ -36,9 +36,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule
 
+from memrewrite.annotate import annotate
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.partition import Compile, Halves, divide, rewrite
 from memrewrite.plan import PassesFor, Plan, Weight, source_hash
+from memrewrite.ports import attach_ports
 from memrewrite.record import GraphRecord
 from passes.base import copy_graph
 
@@ -130,26 +132,6 @@ def _split_joint(
     return divide(gm, plan, num_fwd_outputs, state, default, chosen)
 
 
-def annotate(graph: Graph) -> bool:
-    """Write the facts of `passes.base` into meta. False for a graph with no backward."""
-    output = graph.output_node()
-    tangents = False
-    for node in graph.find_nodes(op="placeholder"):
-        desc = node.meta.get("desc")
-        node.meta["argument"] = getattr(desc, "idx", None) if _is(desc, "PlainAOTInput") else None
-        node.meta["tangent"] = _is(desc, "TangentAOTInput")
-        tangents |= node.meta["tangent"]
-    descs = output.meta.get("desc") or [None] * len(output.args[0])  # type: ignore[arg-type]
-    output.meta["gradient_of"] = [
-        getattr(desc.grad_of, "idx", None) if _is(desc, "GradAOTOutput") else None for desc in descs
-    ]
-    return tangents
-
-
-def _is(desc: object, name: str) -> bool:
-    return type(desc).__name__ == name
-
-
 # --- the two engines -------------------------------------------------------------------
 
 
@@ -226,20 +208,30 @@ def capture(
     passes_for: PassesFor,
     engine: Engine,
 ) -> tuple[Callable[..., Any], GraphRecord]:
-    """Compile a copy of Dynamo's graph that takes one v per selected weight, at the end."""
+    """Compile a copy of Dynamo's graph that takes, at the end, each selected weight's v, and ports.
+
+    The ports follow the vectors.
+    """
+    end = len(inputs) + len(selected)
+    ported = [w for w in selected if w.port is not None]
     plan = Plan(
         weights=tuple(parameters),
         buffers=tuple(buffers),
         vectors=tuple((w.position, len(inputs) + i) for i, w in enumerate(selected)),
         scale=scale,
+        ports=tuple((w.position, end + i) for i, w in enumerate(ported)),
     )
 
     def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
         copied = copy_module(gm)
-        vectors = [_add_vector(copied, weight) for weight in selected]
+        extra = [_add_vector(copied, weight) for weight in selected]
+        extra += [_add_port(copied, inputs[w.position], w) for w in ported]
+        places = copied.graph.find_nodes(op="placeholder")
+        if ported:
+            attach_ports(copied, places[end:])
         copied.recompile()
         with _compiling() as state:
-            return engine.compile(copied, [*inputs, *vectors], plan, passes_for), state.record
+            return engine.compile(copied, [*inputs, *extra], plan, passes_for), state.record
 
     path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, engine)}.json"
     compiled, record = compile_copy()
@@ -264,17 +256,28 @@ def copy_module(gm: GraphModule) -> GraphModule:
 
 
 def _add_vector(gm: GraphModule, weight: Weight) -> Tensor:
+    v = torch.empty(weight.size, dtype=weight.dtype, device=weight.device)
+    return _append(gm, f"memrewrite_v_{weight.position}", v)
+
+
+def _add_port(gm: GraphModule, like: Tensor, weight: Weight) -> Tensor:
+    assert weight.port is not None
+    port = torch.zeros(weight.port, dtype=like.dtype, device=weight.device, requires_grad=True)
+    return _append(gm, f"memrewrite_port_{weight.position}", port)
+
+
+def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
+    """One more input behind the others; returns its example."""
     places = gm.graph.find_nodes(op="placeholder")
-    v: Tensor = torch.empty(weight.size, dtype=weight.dtype, device=weight.device)
     if torch._guards.TracingContext.try_get() is not None:  # called by Dynamo
         examples = (node.meta.get("example_value") for node in places)
         fake_mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
-        v = fake_mode.from_tensor(v, static_shapes=True)
+        value = fake_mode.from_tensor(value, static_shapes=True)
     with gm.graph.inserting_after(places[-1]):
-        node = gm.graph.placeholder(f"memrewrite_v_{weight.position}")
-    node.meta["example_value"] = v
+        node = gm.graph.placeholder(name)
+    node.meta["example_value"] = value
     node._dynamo_source = ConstantSource(node.name)
-    return v
+    return value
 
 
 def _key(gm: GraphModule, inputs: Sequence[Any], plan: Plan, engine: Engine) -> str:
@@ -302,13 +305,13 @@ def _key(gm: GraphModule, inputs: Sequence[Any], plan: Plan, engine: Engine) -> 
 # --- one optimizer update -----------------------------------------------------------------
 
 
-def compile_update(gm: GraphModule, engine: Engine) -> Callable[..., Any]:
-    """The engine's code for a graph that writes its inputs, specialised to their shapes."""
+def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Callable[..., Any]:
+    """The engine's code for a graph that writes its inputs, specialised to their shapes or not."""
     if engine.backend == "aot_eager":
         return gm
     from torch._dynamo.exc import TorchDynamoException
 
-    current: list[Callable[..., Any]] = [torch.compile(gm, fullgraph=True, dynamic=False)]
+    current: list[Callable[..., Any]] = [torch.compile(gm, fullgraph=True, dynamic=dynamic)]
 
     def run(*tensors: Tensor) -> Any:
         try:

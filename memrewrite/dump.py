@@ -66,7 +66,7 @@ def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:
         stages = _stages(f"graph{index}", variant.record.listings(), texts)
         record["graphs"].append({**_graph(variant), "modules": names, "stages": stages})
     for index, update in enumerate(updates_of(session)):
-        kind = {k: str(v) for k, v in asdict(update.kind).items()}
+        kind = {k: str(v) for k, v in vars(update.kind).items()}
         passes = [step.to_json() for step in update.steps]
         stages = _stages(f"update{index}", update.stages(), texts)
         record["updates"].append({"kind": kind, "passes": passes, "stages": stages})

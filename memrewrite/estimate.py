@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -29,12 +30,12 @@ from memrewrite.api import call_of, passes_for
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
 from memrewrite.fake import fake_mode, without_memory
+from memrewrite.formulas import Bytes, largest, read, symbols_of
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_state import Kept, state_of
 from memrewrite.record import GraphRecord, MemoryRecord
 from memrewrite.state import Session, known_session
 
-Bytes = Any  # an int; a sympy expression where sizes are dynamic
 MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 
 
@@ -63,7 +64,7 @@ class Program:
         peaks = [self.forward_peak, self.backward_peak, self.step_peak]
         if self.refresh_peak is not None:
             peaks.append(self.refresh_peak)
-        return _largest(peaks)
+        return largest(peaks)
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,13 @@ def estimate(
             "nothing in this call is trained: no parameter requires a gradient, or the model "
             "runs under torch.no_grad()"
         )
-    symbols = _symbols(records)
-    plain, rewritten = state_of(model, optimizer, galore)
+    symbols = symbols_of(records)
+    small = _small(traced, fake)
+    by_id = {id(p): small[n] for n, p in model.named_parameters() if n in small}
+    plain, rewritten = state_of(model, optimizer, galore, by_id)
     return Estimate(
         _program(fake, records, "before", plain, symbols),
-        _program(fake, records, "after", rewritten, symbols),
+        _program(fake, records, "after", rewritten, symbols, small),
         {str(symbol): meaning for symbol, meaning in symbols.values()},
         dominates(records),
     )
@@ -267,14 +270,32 @@ def trace(
 # --- adding up -----------------------------------------------------------------------------
 
 
+def _small(session: Session, model: nn.Module) -> dict[str, int]:
+    """Bytes of the gradients that come as coordinates, by the weight's name."""
+    if session.velora is None:
+        return {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    size = session.velora.subtoken_size
+    return {
+        names[id(p)]: p.shape[0] * -(-p.shape[1] // size) * p.element_size()
+        for p in session.ported()
+    }
+
+
 def _program(
-    model: nn.Module, records: list[GraphRecord], when: str, kept: Kept, symbols: dict[str, Any]
+    model: nn.Module,
+    records: list[GraphRecord],
+    when: str,
+    kept: Kept,
+    symbols: dict[str, Any],
+    small: Mapping[str, int] = MappingProxyType({}),
 ) -> Program:
     """Graphs run one after the other forward, and in reverse order backward."""
-    saved = [_sum(getattr(r, f"formula_{when}"), symbols) for r in records]
+    saved = [read(getattr(r, f"formula_{when}"), symbols) for r in records]
     memory = [_memory(r, when) for r in records]
     gradients = [m.gradients for m in memory]
-    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    total = sum(small.get(name, p.nbytes) for name, p in trained)
     parameters = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     always = parameters + buffers + kept.state
@@ -282,9 +303,9 @@ def _program(
     for index, record in enumerate(memory):
         earlier = sum(saved[:index], 0)
         later = sum(gradients[index + 1 :], 0)
-        forward += [always + earlier + _sum(peak, symbols) for peak in record.forward_peaks]
+        forward += [always + earlier + read(peak, symbols) for peak in record.forward_peaks]
         backward += [
-            always + earlier + later + _sum(peak, symbols) for peak in record.backward_peaks
+            always + earlier + later + read(peak, symbols) for peak in record.backward_peaks
         ]
     return Program(
         parameters=parameters,
@@ -292,8 +313,8 @@ def _program(
         gradients=total,
         optimizer_state=kept.state,
         saved=sum(saved, 0),
-        forward_peak=_largest(forward),
-        backward_peak=_largest(backward),
+        forward_peak=largest(forward),
+        backward_peak=largest(backward),
         step_peak=always + total + kept.step,
         refresh_peak=None if kept.refresh is None else always + total + kept.refresh,
     )
@@ -304,43 +325,3 @@ def _memory(record: GraphRecord, when: str) -> MemoryRecord:
     if memory is None:
         raise UnsupportedError("a graph could not be followed; see the log for the reason")
     return memory
-
-
-def _sum(formula: str, symbols: dict[str, Any]) -> Bytes:
-    if formula.lstrip("-").isdigit():
-        return int(formula)
-    names = {old: symbol for old, (symbol, _) in symbols.items()}
-    return sympy.expand(sympy.sympify(formula, locals=names))
-
-
-def _largest(values: list[Bytes]) -> Bytes:
-    """The maximum; of formulas, of those that no other one exceeds at all sizes."""
-    if all(isinstance(v, int) for v in values):
-        return max(values)
-    kept: list[Bytes] = []
-    flat = [a for v in values for a in (v.args if isinstance(v, sympy.Max) else [v])]
-    for value in dict.fromkeys(flat):
-        if not any(_exceeds(other, value) for other in kept):
-            kept = [other for other in kept if not _exceeds(value, other)] + [value]
-    # unevaluated: sympy would try to prove each formula the largest
-    return kept[0] if len(kept) == 1 else sympy.Max(*kept, evaluate=False)
-
-
-def _exceeds(one: Bytes, other: Bytes) -> bool:
-    difference = sympy.expand(one - other)
-    return all(c >= 0 for c in difference.as_coefficients_dict().values())
-
-
-def _symbols(records: list[GraphRecord]) -> dict[str, tuple[sympy.Symbol, str]]:
-    """Each symbol of the graphs under a name that users know: B and S first, then n2, n3 ..."""
-    found: dict[str, tuple[int, int]] = {}
-    for record in records:
-        for name, place in record.symbols.items():
-            argument, dim = map(int, place.split("."))
-            found[name] = min(found.get(name, (argument, dim)), (argument, dim))
-    named: dict[str, tuple[sympy.Symbol, str]] = {}
-    for index, (name, (_, dim)) in enumerate(sorted(found.items(), key=lambda item: item[1])):
-        label = ("B", "S")[index] if index < 2 else f"n{index}"
-        meaning = f"dimension {dim} of an input"
-        named[name] = (sympy.Symbol(label, integer=True, positive=True), meaning)
-    return named

@@ -17,7 +17,6 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,30 +24,21 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
 from memrewrite.errors import UnsupportedError
 from memrewrite.projection import Selection, sites_of
+from memrewrite.small_gradients import spread_orphans, takes, update_factored, warn_of_dense
 from memrewrite.state import Session, live_sessions, warn
 from memrewrite.target import Target, check_state, check_target, refresh_if_due
-from memrewrite.update import Kind, Update, build, hyperparameters
+from memrewrite.update import Update, build
 
 PATIENCE = 20  # optimizer steps before a session that no optimizer serves is reported
-
-
-@dataclass
-class Attachment:
-    """What memrewrite does around the steps of one optimizer."""
-
-    targets: dict[int, Target] = field(default_factory=dict)  # by id of the parameter
-    key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
-    post_hook: Any = None
-    warned: bool = False
 
 
 _attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
 _selections: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Selection]] = (
     weakref.WeakKeyDictionary()
 )
-_updates: dict[tuple[Kind, str], Update] = {}
 _installed: list[Any] = []
 
 
@@ -74,22 +64,22 @@ def attach(optimizer: Optimizer) -> None:
 
 
 def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
-    """The optimizers that update projected parameters of a session."""
+    """The optimizers that update projected or compressed parameters of a session."""
     for optimizer, attachment in list(_attachments.items()):
-        if any(target.session is session for target in attachment.targets.values()):
+        served = [target.session for target in attachment.targets.values()]
+        if any(one is session for one in (*served, *attachment.ported.values())):
             yield optimizer, attachment
 
 
 def updates_of(session: Session) -> list[Update]:
     """The compiled updates that a session's weights have had so far, one per kind."""
-    kinds = {
-        target.known
-        for _, attachment in attachments(session)
-        for target in attachment.targets.values()
-        if target.session is session
-    }
+    kinds: set[Any] = set()
+    for _, attachment in attachments(session):
+        targets = [t for t in attachment.targets.values() if t.session is session]
+        kinds |= {target.known for target in targets}
+        kinds |= {k for i, k in attachment.factored.items() if attachment.ported[i] is session}
     backend = session.engine.backend
-    return [u for (kind, engine), u in _updates.items() if engine == backend and kind in kinds]
+    return [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
 
 
 # --- which parameters, and whether all is well ----------------------------------------------
@@ -98,23 +88,22 @@ def updates_of(session: Session) -> list[Update]:
 def _attached(optimizer: Optimizer) -> Attachment:
     """The optimizer's attachment, made or brought up to date, and checked."""
     attachment = _attachments.setdefault(optimizer, Attachment())
-    sessions = [session for session in live_sessions() if session.galore is not None]
-    members = [parameter for _, parameter in _members(optimizer)]
-    key = (*map(id, sessions), *map(id, members))
+    sessions = live_sessions()
+    found = [parameter for _, parameter in members(optimizer)]
+    bindings = sum(len(graph.bindings) for session in sessions for graph in session.graphs)
+    key = (bindings, *map(id, sessions), *map(id, found))
     if key != attachment.key:
-        attachment.targets = _targets(sessions, members, attachment.targets)
+        ported = {id(p): session for session in sessions for p in session.ported()}
+        attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
+        ours = [session for session in sessions if session.galore is not None]
+        left = [p for p in found if id(p) not in ported]  # a small gradient needs no GaLore
+        attachment.targets = _targets(ours, left, attachment.targets)
         attachment.key = key
     if attachment.targets:
         _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
     if _is_adam(optimizer):
         _check_members(optimizer, attachment)
     return attachment
-
-
-def _members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield group, parameter
 
 
 def _targets(
@@ -167,7 +156,7 @@ def _check_optimizer(optimizer: Optimizer, name: str) -> None:
 
 
 def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
-    for group, parameter in _members(optimizer):
+    for group, parameter in members(optimizer):
         target = attachment.targets.get(id(parameter))
         state = optimizer.state.get(parameter)
         if target is not None:
@@ -196,8 +185,13 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
     attachment = _attached(optimizer)
+    attachment.factored = {}
     _complain_of_unserved()
-    if not attachment.targets:
+    spread_orphans(optimizer, attachment)
+    if not _is_adam(optimizer):
+        warn_of_dense(optimizer, attachment)
+        return
+    if not (attachment.targets or attachment.ported):
         return
     if attachment.post_hook is None:
         hook: Any = torch.compiler.disable(_update)  # type: ignore[no-untyped-call]
@@ -215,7 +209,7 @@ def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Call
 
     def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = reference()
-        ours = [p for p in group["params"] if p.grad is not None and id(p) in attachment.targets]
+        ours = [p for p in group["params"] if takes(p, group, optimizer, attachment)]
         grads = [p.grad for p in ours]
         try:
             for parameter in ours:
@@ -236,22 +230,29 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     shared: dict[Any, tuple[Any, ...]] = {}
-    built = len(_updates)
+    built = len(compiled)
     with contextlib.ExitStack() as stack:
-        for device in {p.device.type for _, p in _members(optimizer)}:
+        for device in {p.device.type for _, p in members(optimizer)}:
             stack.enter_context(torch.autocast(device, enabled=False))  # as stock Adam is
-        for group, parameter in _members(optimizer):
+        for group, parameter in members(optimizer):
             target, grad = attachment.targets.get(id(parameter)), parameter.grad
-            if target is None or grad is None:
+            factored = attachment.factored.get(id(parameter))
+            if (target is None and factored is None) or grad is None:
                 continue
             if grad_scale is not None:
                 grad.div_(grad_scale.to(grad.device))
+            if factored is not None:
+                session = attachment.ported[id(parameter)]
+                update_factored(factored, session, parameter, group, optimizer, shared)
+                continue
+            assert target is not None
             failure = _update_one(target, group, grad, optimizer.state[parameter], shared)
             if failure is not None and not attachment.warned:
                 attachment.warned = True
                 _warn_of(target, failure)
-    if len(_updates) > built:
-        for session in {target.session for target in attachment.targets.values()}:
+    if len(compiled) > built:
+        served = [target.session for target in attachment.targets.values()]
+        for session in {*served, *attachment.ported.values()}:
             session.changed(complete=True)
 
 
@@ -264,33 +265,12 @@ def _update_one(
 ) -> str | None:
     kind = target.kind(group)
     failure = refresh_if_due(target, kind, state, grad, group)
-    update = _update_of(kind, target.session)
+    update = update_of(kind, target.session, build)
     tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
     tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
-    numbers = _numbers(update, state["step"], group, shared)
+    numbers = numbers_of(update, state["step"], group, shared)
     update.apply([*tensors, state["projector"]], numbers)
     return failure
-
-
-def _numbers(
-    update: Update, step: Tensor, group: dict[str, Any], shared: dict[Any, tuple[Any, ...]]
-) -> tuple[Any, ...]:
-    """Count a step; the scalars of its update, the same for all weights of a kind and group."""
-    if step.device.type != "cpu":  # reading it would wait for the device
-        return update.numbers(step, hyperparameters(group, update.kind.decays))
-    key = (update.kind, id(group), float(step))
-    if key in shared:
-        step += 1
-    else:
-        shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
-    return shared[key]
-
-
-def _update_of(kind: Kind, session: Session) -> Update:
-    key = (kind, session.engine.backend)
-    if key not in _updates:
-        _updates[key] = build(kind, session.engine)
-    return _updates[key]
 
 
 def _warn_of(target: Target, failure: str) -> None:

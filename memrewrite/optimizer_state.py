@@ -1,13 +1,15 @@
 """What an optimizer will hold, and what its step and a refresh need for a moment: by formula.
 
 Stock Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD one
-with momentum. A projected weight keeps what `projection.projected_numbers` says.
+with momentum. A projected weight keeps what `projection.projected_numbers` says, one whose
+gradient comes as coordinates moments of these alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -43,9 +45,11 @@ def state_of(
     model: nn.Module,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     galore: GaLore | None,
+    small: Mapping[int, int] = MappingProxyType({}),
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.
 
+    small: by id of a parameter, the bytes of its gradient where that comes as coordinates.
     Raises UnsupportedError for an optimizer whose state is not known here.
     """
     if optimizer is None:
@@ -62,14 +66,23 @@ def state_of(
     moments = MOMENTS[kind](group)
     trained = [p for p in model.parameters() if p.requires_grad]
     plain = Kept(moments * sum(p.nbytes for p in trained), _temporaries(trained, group))
-    if galore is None:
+    if galore is None and not small:
         return plain, plain
-    sites = sites_of(model, galore).projected
-    projected = {id(site.candidate.parameter) for site in sites}
-    rest = [p for p in trained if id(p) not in projected]
+    factored = [p for p in trained if id(p) in small]
+    if kind not in (optim.Adam, optim.AdamW) or (
+        group["weight_decay"] and not group["decoupled_weight_decay"]
+    ):
+        dense = sum(p.nbytes for p in factored)  # built in each step
+        return plain, Kept(plain.state, plain.step + dense)
+    sites = sites_of(model, galore).projected if galore is not None else []
+    sites = [site for site in sites if id(site.candidate.parameter) not in small]
+    taken = {id(site.candidate.parameter) for site in sites} | small.keys()
+    rest = [p for p in trained if id(p) not in taken]
     state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
+    state += moments * sum(small[id(p)] for p in factored)
     step = max([_temporaries(rest, group), *(_update(s) for s in sites)])
-    return plain, Kept(state, step, max((_refresh(s, galore) for s in sites), default=None))
+    refresh = None if galore is None else max((_refresh(s, galore) for s in sites), default=None)
+    return plain, Kept(state, step, refresh)
 
 
 def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:

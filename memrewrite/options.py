@@ -30,6 +30,11 @@ class VeLoRA:
         over all batches so far. "ones": 1/sqrt(M), no calibration. "random": a fixed
         random direction.
     lr_scale: factor on the step of the compressed weights; only 1.0 in this version.
+    gradients: "coordinates": backward returns a compressed weight's gradient as the (O, G)
+        numbers that it is made of (`weight.grad` is a ProjectedGrad, of the full shape to
+        whoever looks), and Adam keeps moments of these alone, exactly. "dense": the full
+        gradient. "running_mean" vectors change from step to step and need "dense", which
+        they get.
 
     Raises TypeError or ValueError for values outside these ranges.
     """
@@ -39,8 +44,11 @@ class VeLoRA:
     scale: float = 1.0
     init: Literal["batch_mean", "running_mean", "ones", "random"] = "batch_mean"
     lr_scale: float = 1.0
+    gradients: Literal["coordinates", "dense"] = "coordinates"
 
     def __post_init__(self) -> None:
+        if self.gradients not in ("coordinates", "dense"):
+            raise ValueError(f"gradients={self.gradients!r} is neither 'coordinates' nor 'dense'")
         _check_int("subtoken_size", self.subtoken_size, at_least=1)
         _check_finite("scale", self.scale)
         if self.init not in INITS:

@@ -81,6 +81,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
 
         record.passes = [step.to_json() for step in pipeline.run(gm, todo, after)]
         state.freed = freed
+        record.ported = _ported(gm.graph, plan)
     except Exception as error:
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"
@@ -215,6 +216,14 @@ def _freed(gradients: Sequence[WeightGradient], vectors: dict[int, int], graph: 
         for g in gradients
         if g.weight in vectors
     )
+
+
+def _ported(graph: Graph, plan: Plan) -> list[int]:
+    """The weights whose gradient is returned as coordinates."""
+    output = graph.output_node()
+    returned: Any = output.args[0]
+    absent = {w for w, n in zip(output.meta["gradient_of"], returned, strict=True) if n is None}
+    return [weight for weight, _ in plan.ports if weight in absent]
 
 
 def _symbols(graph: Graph) -> dict[str, str]:

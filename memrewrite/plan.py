@@ -22,6 +22,7 @@ class Plan:
     buffers: tuple[int, ...]  # arguments that are the model's buffers
     vectors: tuple[tuple[int, int], ...]  # selected weight -> its v
     scale: float
+    ports: tuple[tuple[int, int], ...] = ()  # selected weight -> its port
 
     @property
     def free(self) -> frozenset[int]:
@@ -40,6 +41,7 @@ class Weight:
     size: int  # M
     dtype: torch.dtype  # of v
     device: torch.device
+    port: tuple[int, int] | None = None  # the shape of its small gradient, where it has a port
 
 
 @functools.cache

@@ -100,6 +100,7 @@ class GraphRecord:
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    ported: list[int] = field(default_factory=list)  # weights with a small gradient
     kept_before: int = 0
     kept_after: int = 0
     formula_before: str = ""

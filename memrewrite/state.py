@@ -14,7 +14,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from memrewrite.errors import MemrewriteWarning
 from memrewrite.logs import tell
 from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor, Weight
+from memrewrite.ports import Port, trained_outputs
 from memrewrite.record import GraphRecord
-from memrewrite.sites import Candidate, candidates, select, why_not
+from memrewrite.selection import weights_of
+from memrewrite.sites import Candidate, candidates, select
 
 PREFIX = "velora.v."
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
@@ -67,6 +69,17 @@ class Session:
 
     def selected(self, found: list[Candidate]) -> set[str]:
         return select(found, self.velora.sites) if self.velora else set()
+
+    def ported(self) -> list[Tensor]:
+        """The weights whose gradients come as coordinates, in the graphs compiled so far."""
+        places = (
+            (b, position)
+            for graph in self.graphs
+            for b in graph.bindings.values()
+            for position in b.variant.record.ported
+        )
+        found = [dict(binding.parameters)[position]() for binding, position in places]
+        return [parameter for parameter in found if parameter is not None]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every v, and the sums behind a running mean, as plain tensors."""
@@ -168,12 +181,18 @@ class Binding:
     def serves(self, args: Sequence[Any]) -> bool:
         return all(reference() is args[i] for i, reference in self.parameters)
 
-    def vectors(self, session: Session) -> list[Tensor]:
-        leader_of = self.variant.leader_of
-        return [
-            session.vector(self.names[leader_of.get(w.position) or w.position], w)
-            for w in self.variant.selected
+    def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
+        """What the compiled graph takes behind its own arguments: every v, then every port."""
+        leader_of, selected = self.variant.leader_of, self.variant.selected
+        names = [self.names[leader_of.get(w.position) or w.position] for w in selected]
+        vectors = [session.vector(n, w) for n, w in zip(names, selected, strict=True)]
+        make: Any = Port.apply
+        ports = [
+            make(args[w.position], v, self.names[w.position])
+            for w, v in zip(selected, vectors, strict=True)
+            if w.port is not None
         ]
+        return vectors + ports
 
 
 class Graph:
@@ -206,7 +225,7 @@ class Graph:
         variant = binding.variant
         token = _running.set(binding)
         try:
-            results = variant.compiled(*args, *binding.vectors(self.session))
+            results = variant.compiled(*args, *binding.extra(self.session, args))
         finally:
             _running.reset(token)
         if variant.outputs is None:
@@ -218,8 +237,10 @@ class Graph:
         return results[: variant.outputs]
 
     def _bind(self, args: Sequence[Any]) -> Binding:
-        names, selected = _weights(self.session, self.positions, args)
+        names, selected = weights_of(self.session, self.positions, args)
         selected = selected if self.training else []
+        if not trained_outputs(self.gm):
+            selected = [replace(weight, port=None) for weight in selected]
         wanted = tuple(w.position for w in selected)
         if wanted not in self.variants:
             self.variants[wanted] = self._compile(args, selected)
@@ -273,40 +294,12 @@ class Graph:
             session.vector(binding.names[weight.position], weight, totals.get(weight.position))
 
 
-def _weights(
-    session: Session, positions: Sequence[int], args: Sequence[Any]
-) -> tuple[dict[int, str], list[Weight]]:
-    """Of the parameters among `args`: their candidate names, and those that are selected."""
-    model = session.model()
-    found = candidates(model) if model is not None else []
-    chosen = session.selected(found)
-    aliases: dict[int, list[Candidate]] = {}
-    for candidate in found:
-        aliases.setdefault(id(candidate.parameter), []).append(candidate)
-    names, selected = {}, []
-    for position in positions:
-        known = aliases.get(id(args[position]), [])
-        wanted = [c for c in known if c.name in chosen and why_not(c, session.velora) is None]
-        for candidate in (wanted or known)[:1]:
-            names[position] = candidate.name
-        if wanted:
-            selected.append(_weight(position, wanted[0], session.velora))
-    return names, selected
-
-
 def _equalise(totals: list[Tensor]) -> None:
     """Add up the sums of all ranks: ranks with different v would average unlike gradients."""
     dist = torch.distributed
     if totals and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for total in totals:
             dist.all_reduce(total)
-
-
-def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weight:
-    assert velora is not None
-    parameter = candidate.parameter
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return Weight(position, velora.subtoken_size, dtype, parameter.device)
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,23 @@ def _columns(shape: Sequence[int]) -> int:
     return torch.Size(shape[1:]).numel()
 
 
+class AdamKind(Protocol):
+    """What any kind of update says of torch's own."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def amsgrad(self) -> bool: ...
+    @property
+    def maximize(self) -> bool: ...
+    @property
+    def decays(self) -> bool: ...
+    @property
+    def decoupled(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Update:
     """A compiled update and the graphs it came from.
@@ -72,7 +89,7 @@ class Update:
     (the maximum,) and P. Hyperparameters are those of `passes.adam`, 0-d float64 each.
     """
 
-    kind: Kind
+    kind: AdamKind
     traced: list[tuple[str, str]]  # (stage, listing), from torch's update to the last pass
     steps: list[Step]  # what each pass did
     pieces: Pieces
@@ -117,15 +134,18 @@ def build(kind: Kind, engine: Engine) -> Update:
 LOWERING: list[Pass] = [lower_fused_adam(), lower_ir_ops(), accumulate_in_place()]
 
 
-def capture(kind: Kind) -> GraphModule:
-    """torch's fused update of one parameter, (W, G, m, v[, maximum], step), on fake tensors."""
+def capture(kind: AdamKind, dynamic: bool = False) -> GraphModule:
+    """torch's fused update of one parameter, (W, G, m, v[, maximum], step), on fake tensors.
+
+    dynamic: the number of rows is a symbol.
+    """
     count = 5 if kind.amsgrad else 4
     example = [torch.empty(kind.shape, dtype=kind.dtype, device="meta") for _ in range(count)]
     step = torch.empty((), device="meta")
-    return trace(adam_update(kind), [*example, step])
+    return trace(adam_update(kind), [*example, step], dynamic)
 
 
-def adam_update(kind: Kind) -> Callable[..., Any]:
+def adam_update(kind: AdamKind) -> Callable[..., Any]:
     """torch's own update of one parameter as a function of tensors alone."""
 
     def write(largest: list[Tensor], *tensors: Tensor) -> tuple[()]:
@@ -161,13 +181,21 @@ def adam_update(kind: Kind) -> Callable[..., Any]:
     return amsgrad if kind.amsgrad else plain
 
 
-def trace(update: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+def trace(
+    update: Callable[..., Any], examples: Sequence[Tensor], dynamic: bool = False
+) -> GraphModule:
     """The aten graph of a function of tensors, on fake ones: nothing is allocated."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode():
-        fakes = [torch.empty(e.shape, dtype=e.dtype) for e in examples]
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    if dynamic:
+        fakes = [_with_dynamic_rows(mode, e) for e in examples]
+    else:
+        with mode:
+            fakes = [torch.empty(e.shape, dtype=e.dtype) for e in examples]
+    with mode:
         gm: GraphModule = make_fx(update)(*fakes)
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         node.meta["argument"] = position
@@ -176,14 +204,27 @@ def trace(update: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule
     return gm
 
 
+def _with_dynamic_rows(mode: Any, example: Tensor) -> Any:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    dims = [DimDynamic.DYNAMIC, DimDynamic.STATIC] if example.ndim else []
+    real = torch.empty(example.shape, dtype=example.dtype)
+    return mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+
+
 def _add_projector(gm: GraphModule, kind: Kind) -> int:
     """P (side, r) as one more argument, behind step."""
+    return add_input(gm, "projector", (kind.side, kind.rank), None)
+
+
+def add_input(gm: GraphModule, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
+    """One more argument behind step, of the weight's dtype where none is given; its position."""
     places = gm.graph.find_nodes(op="placeholder")
     example: Any = places[W].meta["val"]
     with gm.graph.inserting_after(places[-1]):
-        node = gm.graph.placeholder("projector")
+        node = gm.graph.placeholder(name)
     with example.fake_mode:
-        node.meta["val"] = example.new_empty(kind.side, kind.rank)
+        node.meta["val"] = example.new_empty(shape, dtype=dtype or example.dtype)
     node.meta["argument"] = len(places)
     return len(places)
 

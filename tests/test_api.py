@@ -208,4 +208,4 @@ def test_a_model_that_trains_with_us_is_not_complained_about() -> None:
     bystander(torch.randn(2, 3)).sum().backward()
     other.step()  # says nothing about a model whose parameters it does not hold
     loss_of(torch.randn(4, 32))(model).backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()

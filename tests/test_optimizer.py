@@ -197,17 +197,17 @@ def test_schedulers_before_and_after_the_first_step(early: bool) -> None:
 
 
 def test_a_schedule_of_lr_and_betas_builds_one_update_per_shape() -> None:
-    from memrewrite.optimizer import _updates
+    from memrewrite.attachment import compiled
 
     model = net(GaLore(rank=5, update_every=3))
     optimizer = AdamW(model.parameters(), lr=0.1)
     scheduler = OneCycleLR(optimizer, 0.1, total_steps=12)  # cycles beta1 as well
     fit(model, optimizer, range(1))
-    known = set(_updates)
+    known = set(compiled)
     for step in range(1, 10):
         scheduler.step()
         fit(model, optimizer, range(step, step + 1))
-    assert set(_updates) == known
+    assert set(compiled) == known
 
 
 def test_user_hooks_see_the_gradients() -> None:

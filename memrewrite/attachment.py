@@ -1,0 +1,59 @@
+"""What memrewrite does around the steps of one optimizer, and the updates that it compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memrewrite.factored import FactoredKind
+from memrewrite.state import Session
+from memrewrite.target import Target
+from memrewrite.update import Kind, Update, hyperparameters
+
+AnyKind = Kind | FactoredKind
+compiled: dict[tuple[AnyKind, str], Update] = {}
+
+
+@dataclass
+class Attachment:
+    """What memrewrite does around the steps of one optimizer."""
+
+    targets: dict[int, Target] = field(default_factory=dict)  # by id of the parameter
+    ported: dict[int, Session] = field(default_factory=dict)  # gradients that may be small
+    factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
+    key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
+    post_hook: Any = None
+    warned: bool = False
+
+
+def members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    """(group, parameter) of every parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield group, parameter
+
+
+def update_of(kind: AnyKind, session: Session, build: Callable[..., Update]) -> Update:
+    """The compiled update of a kind, built where there is none."""
+    key = (kind, session.engine.backend)
+    if key not in compiled:
+        compiled[key] = build(kind, session.engine)
+    return compiled[key]
+
+
+def numbers_of(
+    update: Update, step: Tensor, group: dict[str, Any], shared: dict[Any, tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """Count a step; the scalars of its update, the same for all weights of a kind and group."""
+    if step.device.type != "cpu":  # reading it would wait for the device
+        return update.numbers(step, hyperparameters(group, update.kind.decays))
+    key = (update.kind, id(group), float(step))
+    if key in shared:
+        step += 1
+    else:
+        shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
+    return shared[key]

@@ -1,0 +1,134 @@
+"""Adam over coordinates: the update of a weight whose gradient is A (x) v.
+
+State of such a weight, plain tensors in `optimizer.state[p]`:
+
+    step ()   exp_avg, exp_avg_sq (O, G)   [max_exp_avg_sq (O, G)]   vector (M,)
+
+The trajectory is that of stock Adam on the full gradient (`passes.factor`). Where the next
+update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
+the full-size moments that it stands for, exactly, and stock Adam goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+
+from memrewrite import pipeline
+from memrewrite.backend import Engine, compile_update
+from memrewrite.listing import listing
+from memrewrite.projected import ProjectedGrad
+from memrewrite.update import Update, add_input, capture
+from passes.adam import hyperparameters_as_inputs, lower_fused_adam
+from passes.base import Pass
+from passes.factor import SQUARE, V, factor_updates
+from passes.lower import lower_ir_ops
+from passes.ops import reconstruct
+from passes.pieces import cut
+
+VECTOR = "vector"
+MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
+EXAMPLE = 7  # rows of a dynamic one, when it is captured
+HELD = {1: V, 2: V, 3: SQUARE, 4: SQUARE}  # arguments of a captured update: see `update.capture`
+
+
+@dataclass(frozen=True)
+class FactoredKind:
+    """All that distinguishes one compiled update from another.
+
+    Where M divides D, W is nothing but rows of M channels: every such weight shares one
+    update, whose number of rows is dynamic, and `shape` is an example.
+    """
+
+    shape: tuple[int, int]  # of W: (O, D), or rows of (M,)
+    dynamic: bool
+    dtype: torch.dtype
+    device: torch.device
+    size: int  # M
+    amsgrad: bool
+    maximize: bool
+    decays: bool
+    decoupled: bool = True
+
+
+def kind_of(parameter: nn.Parameter, size: int, group: dict[str, Any]) -> FactoredKind:
+    """The update that a parameter takes in its group."""
+    flags = group["amsgrad"], group["maximize"], group["weight_decay"] != 0
+    rows, columns = parameter.shape
+    dynamic = columns % size == 0 and parameter.is_contiguous()
+    shape = (EXAMPLE, size) if dynamic else (rows, columns)
+    return FactoredKind(shape, dynamic, parameter.dtype, parameter.device, size, *flags)
+
+
+def build(kind: FactoredKind, engine: Engine) -> Update:
+    """Capture torch's update, factor it, lower and compile it."""
+    gm = capture(kind, dynamic=kind.dynamic)
+    vector_dtype = torch.float64 if kind.dtype == torch.float64 else torch.float32
+    at = add_input(gm, "vector", (kind.size,), vector_dtype)
+    traced = [("captured", listing(gm.graph))]
+
+    def after(one: Pass, graph: Graph) -> None:
+        traced.append((one.name, listing(graph)))
+
+    held = {place: basis for place, basis in HELD.items() if place < 4 or kind.amsgrad}
+    todo = [hyperparameters_as_inputs(), lower_fused_adam()]
+    todo += [factor_updates(0, at, held), lower_ir_ops()]
+    steps = pipeline.run(gm, todo, after)
+    pieces = cut(gm, vector_dtype)
+    return Update(kind, traced, steps, pieces, compile_update(pieces.body, engine, kind.dynamic))
+
+
+def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """Why the coming update of a parameter cannot be factored; None where it can."""
+    gradient = parameter.grad
+    if not isinstance(gradient, ProjectedGrad) or gradient.is_dense:
+        return "its gradient is dense"
+    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+        return "an L2 decay is no multiple of v: use AdamW, or weight_decay=0"
+    if group["differentiable"]:
+        return "differentiable=True needs the full update"
+    if state and VECTOR not in state:
+        return "its optimizer state is full-size already"
+    if state and not torch.equal(state[VECTOR], gradient.basis.v.to(state[VECTOR].dtype)):
+        return "its v was replaced while the moments stayed"
+    return None
+
+
+def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) -> dict[str, Any]:
+    """The state before the first step."""
+    assert gradient.coordinates is not None
+    device = kind.device if capturable else torch.device("cpu")
+    zeros = {name: torch.zeros_like(gradient.coordinates) for name in moments(kind)}
+    v = gradient.basis.v.detach().clone()
+    return {"step": torch.zeros((), device=device), **zeros, VECTOR: v}
+
+
+def moments(kind: FactoredKind) -> list[str]:
+    """Those that the state has."""
+    return list(MOMENTS)[: 3 if kind.amsgrad else 2]
+
+
+def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -> list[Tensor]:
+    """What a compiled update takes: W, A, m, s, (the maximum,) v."""
+    gradient = parameter.grad
+    assert isinstance(gradient, ProjectedGrad) and gradient.coordinates is not None
+    small = [gradient.coordinates, *(state[name] for name in moments(kind))]
+    weight = parameter.detach()
+    if kind.dynamic:
+        weight, small = weight.view(-1, kind.size), [t.view(-1, 1) for t in small]
+    return [weight, *small, gradient.basis.v]
+
+
+def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    """The full-size state that factored state stands for, in its place."""
+    v = state.pop(VECTOR)
+    for name, basis in MOMENTS.items():
+        if name in state:
+            w = v * v if basis == SQUARE else v
+            state[name] = reconstruct(state[name], w, parameter.shape[1])
+    if group["fused"] or group["capturable"]:
+        state["step"] = state["step"].to(parameter.device)

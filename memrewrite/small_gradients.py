@@ -1,0 +1,99 @@
+"""Adam steps on small gradients: which weights, their update, and when stock Adam takes over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from memrewrite.attachment import Attachment, members, numbers_of, update_of
+from memrewrite.factored import (
+    VECTOR,
+    FactoredKind,
+    build,
+    initialise,
+    inputs,
+    kind_of,
+    obstacle,
+    spread_state,
+)
+from memrewrite.projected import ProjectedGrad
+from memrewrite.state import Session, warn
+
+
+def takes(
+    parameter: nn.Parameter, group: dict[str, Any], optimizer: Optimizer, attachment: Attachment
+) -> bool:
+    """True for a parameter that the stock step is to leave to us, this time."""
+    if parameter.grad is None or id(parameter) in attachment.targets:
+        return parameter.grad is not None
+    if id(parameter) not in attachment.ported:
+        return False
+    state = optimizer.state[parameter]
+    reason = obstacle(parameter, group, state)
+    if reason is None:
+        grad: Any = parameter.grad
+        kind = kind_of(parameter, len(grad.basis.v), group)
+        attachment.factored[id(parameter)] = kind
+        if not state:
+            state.update(initialise(kind, grad, group["capturable"]))
+        return True
+    _give_up(parameter, group, state, reason, attachment)
+    return False
+
+
+def _give_up(
+    parameter: nn.Parameter,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    reason: str,
+    attachment: Attachment,
+) -> None:
+    """Stock Adam takes over, from the same moments."""
+    if VECTOR not in state:
+        return
+    spread_state(state, parameter, group)
+    if not attachment.warned:
+        attachment.warned = True
+        warn(
+            f"the Adam state of a compressed weight {tuple(parameter.shape)} becomes full-size "
+            f"from here on, with the same values: {reason}"
+        )
+
+
+def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
+    """Factored state of weights that have no small gradient now: another run's options."""
+    for group, parameter in members(optimizer):
+        state = optimizer.state.get(parameter)
+        if isinstance(state, dict) and VECTOR in state and id(parameter) not in attachment.ported:
+            _give_up(parameter, group, state, "the model is compiled without", attachment)
+
+
+def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
+    grads = [p.grad for _, p in members(optimizer) if id(p) in attachment.ported]
+    small = [g for g in grads if isinstance(g, ProjectedGrad) and not g.is_dense]
+    if small and not attachment.warned:
+        attachment.warned = True
+        warn(
+            f"{type(optimizer).__name__} reads the full gradients of {len(small)} compressed "
+            f"weights: {sum(g.nbytes for g in small):,} bytes are built from "
+            f"{sum(g.stored_bytes for g in small):,} in each step. torch.optim.Adam and AdamW "
+            "step on the small ones; memrewrite.VeLoRA(gradients='dense') silences this"
+        )
+
+
+def update_factored(
+    kind: FactoredKind,
+    session: Session,
+    parameter: nn.Parameter,
+    group: dict[str, Any],
+    optimizer: Optimizer,
+    shared: dict[Any, tuple[Any, ...]],
+) -> None:
+    state = optimizer.state[parameter]
+    if state["step"].device.type != "cpu" and not group["capturable"]:
+        state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
+    update = update_of(kind, session, build)
+    numbers = numbers_of(update, state["step"], group, shared)
+    update.apply(inputs(parameter, state, kind), numbers)

@@ -1,0 +1,388 @@
+"""Small gradients through real training: the trajectory is that of the full ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+import memrewrite
+from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
+from memrewrite.factored import VECTOR
+from memrewrite.projected import ProjectedGrad
+
+M = 4
+
+
+class Net(nn.Module):
+    """D is no multiple of M in the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 10)
+        self.down = nn.Linear(10, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def net(gradients: Any = "coordinates", seed: int = 0, **kwargs: Any) -> Net:
+    torch.manual_seed(seed)
+    velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients)
+    return memrewrite.compile(Net().double(), velora=velora, backend="aot_eager", **kwargs)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).double()
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    loss: Tensor = model(batch(step)).square().mean()
+    return loss
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    micro: int = 1,
+    between: Callable[[nn.Module], object] = lambda model: None,
+) -> None:
+    for step in steps:
+        for part in range(micro):
+            loss_of(model, step * micro + part).backward()  # type: ignore[no-untyped-call]
+        between(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(ours: nn.Module, theirs: nn.Module, close: float = 1e-10) -> None:
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=close, atol=close)
+
+
+def factored(optimizer: torch.optim.Optimizer) -> list[bool]:
+    return [VECTOR in s for p, s in optimizer.state.items() if p.ndim == 2]
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+@settings(max_examples=12)
+@given(
+    how=st.sampled_from(["fused", "foreach", "single"]),
+    eps=st.sampled_from([0.0, 1e-8, 1e-3]),
+    decay=st.sampled_from([0.0, 0.1]),
+    amsgrad=st.booleans(),
+    maximize=st.booleans(),
+    micro=st.integers(1, 4),
+    clipped=st.booleans(),
+)
+def test_the_trajectory_is_that_of_full_gradients(
+    how: str, eps: float, decay: float, amsgrad: bool, maximize: bool, micro: int, clipped: bool
+) -> None:
+    flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}
+    wanted: dict[str, Any] = {**flags[how], "eps": eps, "weight_decay": decay}
+    wanted |= {"amsgrad": amsgrad, "maximize": maximize, "lr": 1e-2}
+    models = [net("coordinates"), net("dense")]
+    optimizers = [AdamW(model.parameters(), **wanted) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        fit(model, optimizer, range(12), micro, clip if clipped else lambda model: None)
+    same(*models)
+    assert all(factored(optimizers[0])) and not any(factored(optimizers[1]))
+    torch._dynamo.reset()
+
+
+def test_a_hundred_steps_in_double_precision() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        fit(model, optimizer, range(100), between=clip)
+    same(*models)
+
+
+def test_moments_are_small_and_plain() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), amsgrad=True)
+    fit(model, optimizer, range(2))
+    state = optimizer.state[model.down.weight]
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    small = (6, 3)  # ten channels are three sub-tokens
+    assert shapes == {
+        "step": (),
+        "exp_avg": small,
+        "exp_avg_sq": small,
+        "max_exp_avg_sq": small,
+        VECTOR: (M,),
+    }
+    assert all(type(value) is Tensor for value in state.values())
+
+
+def test_resuming_is_bit_exact() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    fit(model, optimizer, range(5))
+    file = io.BytesIO()
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "memrewrite": memrewrite.state_dict(model),
+    }
+    torch.save(saved, file)
+    fit(model, optimizer, range(5, 10))
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    again = net(seed=1)
+    again.load_state_dict(loaded["model"])
+    memrewrite.load_state_dict(again, loaded["memrewrite"])
+    other = AdamW(again.parameters(), lr=1e-2)
+    other.load_state_dict(loaded["optimizer"])
+    fit(again, other, range(5, 10))
+    assert all(factored(other))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_schedules_groups_closures_and_scaling() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        groups = [{"params": [model.up.weight], "lr": 1e-3}, {"params": [model.down.weight]}]
+        optimizer = AdamW([*groups, {"params": [model.up.bias]}], lr=1e-2)
+        schedule = OneCycleLR(optimizer, 1e-2, total_steps=20)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(6):
+            scaler.scale(loss_of(model, step)).backward()  # type: ignore[no-untyped-call]
+            if step % 2:
+                scaler.unscale_(optimizer)
+                clip(model)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad()
+
+        def closure(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> Any:
+            optimizer.zero_grad()
+            loss = loss_of(model, 20)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)
+    same(*models)
+
+
+def clamp(parameter: Any) -> None:
+    parameter.grad.clamp_(-1e-3, 1e-3)
+
+
+def replace(parameter: Any) -> None:
+    parameter.grad = torch.ones_like(parameter)
+
+
+GIVE_UP: dict[str, Callable[[Net, torch.optim.Optimizer], object]] = {
+    "a hook that writes": lambda model, _: model.down.weight.register_post_accumulate_grad_hook(
+        lambda p: clamp(p)
+    ),
+    "a dense gradient is added": lambda model, _: model.down.weight.register_hook(
+        lambda g: g + 1e-3
+    ),
+    "the gradient is replaced": lambda model, _: (
+        model.down.weight.register_post_accumulate_grad_hook(
+            lambda p: setattr(p, "grad", torch.ones_like(p))
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GIVE_UP)
+def test_stock_adam_takes_over_from_the_same_moments(what: str) -> None:
+    models = [net("coordinates"), net("dense")]
+    states = []
+    for model in models:
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        fit(model, optimizer, range(4))
+        GIVE_UP[what](model, optimizer)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(model, optimizer, range(4, 8))
+        states.append((optimizer, [w for w in told if w.category is MemrewriteWarning]))
+    same(*models)
+    (ours, told), (_, silence) = states
+    assert len(told) == 1 and "becomes full-size" in str(told[0].message) and not silence
+    assert factored(ours) == [True, False]
+
+
+def test_an_l2_decay_keeps_the_dense_path() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        optimizer = Adam(model.parameters(), lr=1e-2, weight_decay=0.1)
+        fit(model, optimizer, range(5))
+        assert not any(factored(optimizer))
+    same(*models)
+
+
+def test_full_size_state_of_another_run_goes_on_as_it_is() -> None:
+    old, new = net("dense"), net("coordinates")
+    first = AdamW(old.parameters(), lr=1e-2)
+    fit(old, first, range(3))
+    new.load_state_dict(old.state_dict())
+    memrewrite.load_state_dict(new, memrewrite.state_dict(old))
+    second = AdamW(new.parameters(), lr=1e-2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    fit(old, first, range(3, 6))
+    fit(new, second, range(3, 6))
+    same(old, new)
+    assert not any(factored(second))
+
+
+def test_factored_state_without_small_gradients_is_spread() -> None:
+    ours, dense = net("coordinates"), net("dense")
+    first = AdamW(ours.parameters(), lr=1e-2)
+    fit(ours, first, range(3))
+    dense.load_state_dict(ours.state_dict())
+    memrewrite.load_state_dict(dense, memrewrite.state_dict(ours))
+    second = AdamW(dense.parameters(), lr=1e-2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with pytest.warns(MemrewriteWarning, match="compiled without"):
+        fit(dense, second, range(3, 4))
+    fit(dense, second, range(4, 6))
+    fit(ours, first, range(3, 6))
+    same(ours, dense)
+
+
+def test_another_v_breaks_the_identity_and_is_noticed() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        fit(model, optimizer, range(3))
+        state = memrewrite.state_dict(model)
+        memrewrite.load_state_dict(model, {key: v.flip(0) for key, v in state.items()})
+        if model is models[0]:
+            with pytest.warns(MemrewriteWarning, match="its v was replaced"):
+                fit(model, optimizer, range(3, 4))
+        else:
+            fit(model, optimizer, range(3, 4))
+        fit(model, optimizer, range(4, 6))
+    same(*models)
+
+
+def test_other_optimizers_get_dense_gradients_and_one_warning() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(model, optimizer, range(4))
+        words = [str(w.message) for w in told if w.category is MemrewriteWarning]
+        if model is models[0]:
+            assert len(words) == 1 and "1,120 bytes are built from 304" in words[0]
+        else:
+            assert not words
+    same(*models)
+
+
+def test_gradients_say_what_they_are() -> None:
+    model = net()
+    loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
+    grad = model.down.weight.grad
+    assert isinstance(grad, ProjectedGrad) and grad.shape == (6, 10)
+    assert grad.coordinates is not None and grad.coordinates.shape == (6, 3)
+    (taken,) = torch.autograd.grad(loss_of(model, 0), [model.down.weight])
+    torch.testing.assert_close(taken.to_dense(), grad.to_dense())
+    assert type(model.up.bias.grad) is Tensor
+
+
+def test_a_second_derivative_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memrewrite.ports import Port
+
+    weight = nn.Parameter(torch.ones(4, 8))
+    port = Port.apply(weight, torch.ones(4) / 2, "body.down")  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedError, match=r"body.down \(4, 8\).*leave the weight out"):
+        torch.autograd.grad(port.sum(), [weight], create_graph=True)
+
+
+class Tied(nn.Module):
+    """One weight, two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_shared_weight_keeps_its_dense_gradient() -> None:
+    models = []
+    for gradients in ("coordinates", "dense"):
+        torch.manual_seed(0)
+        velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients)  # type: ignore[arg-type]
+        model = memrewrite.compile(Tied().double(), velora=velora, backend="aot_eager")
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        fit(model, optimizer, range(4))
+        assert not any(factored(optimizer))
+        models.append(model)
+    same(*models)
+
+
+def test_frozen_and_thawed_after_compiling() -> None:
+    models = [net("coordinates"), net("dense")]
+    for model in models:
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        fit(model, optimizer, range(3))
+        model.down.weight.requires_grad_(False)
+        fit(model, optimizer, range(3, 5))
+        model.down.weight.requires_grad_(True)
+        fit(model, optimizer, range(5, 8))
+    same(*models)
+
+
+def test_running_means_stay_dense() -> None:
+    torch.manual_seed(0)
+    velora = VeLoRA(subtoken_size=M, sites="all", init="running_mean")
+    model = memrewrite.compile(Net().double(), velora=velora, backend="aot_eager")
+    optimizer = AdamW(model.parameters())
+    fit(model, optimizer, range(2))
+    assert not any(factored(optimizer))
+
+
+def test_velora_wins_over_galore_where_both_are_asked() -> None:
+    torch.manual_seed(0)
+    velora = VeLoRA(subtoken_size=M, sites=["down"])
+    galore = GaLore(2, sites=["up", "down"])
+    model = memrewrite.compile(Net().double(), velora=velora, galore=galore, backend="aot_eager")
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    fit(model, optimizer, range(3))
+    assert VECTOR in optimizer.state[model.down.weight]
+    assert "projector" in optimizer.state[model.up.weight]
+
+
+def test_no_graph_of_ours_holds_a_full_gradient() -> None:
+    from memrewrite.optimizer import updates_of
+    from memrewrite.state import session_of
+
+    model = net()
+    fit(model, AdamW(model.parameters()), range(1))
+    session = session_of(model)
+    (graph,) = session.graphs
+    (binding,) = graph.bindings.values()
+    backward = dict(binding.variant.record.listings())["backward"]
+    full = [line for line in backward.splitlines() if "[10, 8]" in line or "[6, 10]" in line]
+    assert all(" = input" in line for line in full), full  # W itself, for dx
+    for update in updates_of(session):
+        stages = dict(update.stages())
+        rows, columns = update.kind.shape
+        assert f"grad_1: f64[{rows}, {columns}]" not in stages["factor_updates"]
+        assert stages["captured"] != stages["factor_updates"]
