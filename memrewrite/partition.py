@@ -110,9 +110,7 @@ def divide(
         _mark_reruns(gm.graph, before, plan, state.freed)
     _never_rerun_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, plan, outputs, exact_first)
-    if keep_sums(forward.graph, backward.graph, outputs, hint):
-        forward.recompile()
-        backward.recompile()
+    _keep_sums(forward, backward, outputs)
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
@@ -121,6 +119,20 @@ def divide(
         state.record.show("forward", listing(forward.graph))
         state.record.show("backward", listing(backward.graph))
     return forward, backward
+
+
+def _keep_sums(forward: GraphModule, backward: GraphModule, outputs: int) -> None:
+    """On copies: where it fails, the halves are what they were."""
+    ahead, behind = copy_graph(forward.graph), copy_graph(backward.graph)
+    try:
+        changed = keep_sums(ahead, behind, outputs, hint)
+    except Exception:
+        log.exception("running sums are not kept")
+        return
+    if changed:
+        forward.graph, backward.graph = ahead, behind
+        forward.recompile()
+        backward.recompile()
 
 
 def _pinned_where_it_pays(gm: GraphModule, plan: Plan, outputs: int, cut: Cut) -> Halves:

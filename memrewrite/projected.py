@@ -84,7 +84,11 @@ class ProjectedGrad(Tensor):
     @property
     def stored_bytes(self) -> int:
         """What it takes in memory, the basis apart."""
-        return sum(t.nbytes for t in (self.coordinates, self._value) if t is not None)
+        return sum(t.nbytes for t in self.held())
+
+    def held(self) -> list[Tensor]:
+        """The plain tensors that it is stored in, the basis apart."""
+        return [t for t in (self.coordinates, self._value) if t is not None]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")

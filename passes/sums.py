@@ -50,8 +50,8 @@ def _sweep(
     sums = []
     for index, term in enumerate(kept, start=outputs):
         memory = memory_of(term)
-        if memory.op != "call_function" or sharers[memory] > 1:
-            continue  # an argument lives anyway; other views of the term keep its memory
+        if memory.op != "call_function" or sharers[memory] > 1 or term.name not in places:
+            continue  # arguments live anyway; views keep a memory; RNG states have other names
         total = _only_sum(places[term.name])
         if total is None or total.name in names or total.name not in made:
             continue

@@ -77,6 +77,7 @@ def test_what_a_row_says(measured: Any) -> None:
     ours, base = found["velora-all-16"], found["torch.compile"]
     assert ours["saved_ratio"] < 1 and base["saved_ratio"] == 1
     assert base["relative_error"] < 1e-5 < ours["relative_error"]
+    assert ours["gradients"] < base["gradients"] / 10 and ours["state_ratio"] < 1 / 10
     assert base["graphs"] == 1 and base["recompiles"] == ours["recompiles"] == 0
     assert base["gradients"] * 2 == pytest.approx(base["state"], rel=0.01)
     assert abs(base["predicted_peak"] / base["peak"] - 1) < 0.1

@@ -246,6 +246,35 @@ class Checkpointed(Stack):
         return self.head(x)
 
 
+class CheckpointedAttention(nn.Module):
+    """What is recomputed draws random numbers: their state is kept as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def attend(self, x: Tensor, block: nn.Module) -> Tensor:
+        y = block(x)
+        return x + F.scaled_dot_product_attention(y, y, y, dropout_p=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(self.attend, x, block, use_reentrant=False)
+        return x
+
+
+def test_checkpointed_attention() -> None:
+    x = torch.randn(2, 4, 6, 32).double()
+    model = CheckpointedAttention().double()
+    model(x).square().mean().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    memrewrite.compile(model, backend="aot_eager")
+    model(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
 def test_checkpointing_inside_the_model() -> None:
     x = data(4, 5, 32)
 

@@ -7,6 +7,7 @@
     galore                     memrewrite with GaLore at --rank
     module:function            your own: called with the model, compiles or wraps it in place
 
+    dense                      VeLoRA with full-size gradients and moments
     checkpointing              of each layer, by the model's own switch
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
@@ -71,6 +72,7 @@ class Configuration:
     peft_velora: int | None = None
     velora: int | None = None
     sites: Literal["auto", "all"] = "auto"
+    dense: bool = False
     galore: bool = False
     optimizer: str = "adamw"
     frozen: Literal["auto", "all"] | None = None
@@ -144,6 +146,8 @@ def parse(name: str) -> Configuration:
     for part in name.split("+"):
         said.say(part, **_meaning(part))
     found = replace(Configuration(name), **said.fields)
+    if found.dense and found.velora is None:
+        raise ValueError(f"{name!r}: dense says how velora returns its gradients")
     if found.lr_sqrt and found.velora is None:
         raise ValueError(f"{name!r}: lr-sqrt divides the learning rate of velora's weights")
     if found.peft_velora and not found.lora:
@@ -160,6 +164,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "aggressive": {"aggressive": True},
         "fp8": {"fp8": True},
         "lora": {"lora": True},
+        "dense": {"dense": True},
         "galore": {"engine": "memrewrite", "galore": True},
         "lr-sqrt": {"lr_sqrt": True},
         **{f"frozen-{sites}": {"frozen": sites} for sites in ("auto", "all")},
@@ -214,6 +219,7 @@ SETS: dict[str, Sequence[str]] = {
         "velora-auto-16",
         "velora-all-8",
         "velora-all-16",
+        "velora-all-16+dense",
         "velora-all-32",
         "velora-all-64",
         "memrewrite+checkpointing",

@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memrewrite.projected import ProjectedGrad
+
 BLOCK = 64 * 1024  # above it, a freed block goes back to the system
 FREE_AT_ONCE = {
     "MALLOC_MMAP_THRESHOLD_": str(BLOCK),
@@ -110,7 +112,8 @@ def available() -> int | None:
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """Each memory once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    plain = [held for t in tensors for held in (t.held() if isinstance(t, ProjectedGrad) else (t,))]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
     return sum(storages.values())
 
 

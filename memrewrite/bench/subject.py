@@ -111,10 +111,11 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
         model._compiled_call_impl = torch.compile(call_of(model))
     elif configuration.engine == "memrewrite":
         size = configuration.velora
-        velora = memrewrite.VeLoRA(size, configuration.sites) if size else False
+        gradients: Any = "dense" if configuration.dense else "coordinates"
+        velora = memrewrite.VeLoRA(size or 16, configuration.sites, gradients=gradients)
         galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh)
         wanted = galore if configuration.galore else None
-        memrewrite.compile(model, velora=velora, galore=wanted)
+        memrewrite.compile(model, velora=velora if size else False, galore=wanted)
 
 
 def _with_lora(model: Any, size: int | None) -> Any:

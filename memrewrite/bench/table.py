@@ -68,8 +68,8 @@ def _cells(row: Mapping[str, Any], anchors: str) -> list[str]:
         _mb(found, "state"),
         *_time(found),
         graphs,
-        f"{found['cosine']:.4f}" if "cosine" in found else "",
-        f"{found['relative_error']:.1e}" if "relative_error" in found else "",
+        _number(found, "cosine", ".4f"),
+        _number(found, "relative_error", ".1e"),
     ]
 
 
@@ -84,6 +84,12 @@ def _time(found: Mapping[str, Any]) -> list[str]:
         f"{found['refresh_s']:.3f}" if "refresh_s" in found else "",
         f"{found['cold_first_step_s']:.1f}" if "cold_first_step_s" in found else "",
     ]
+
+
+def _number(found: Mapping[str, Any], key: str, how: str) -> str:
+    if key not in found:
+        return ""
+    return "not finite" if found[key] is None else format(found[key], how)
 
 
 def _mb(found: Mapping[str, Any], key: str, ratio: bool = True) -> str:

@@ -13,6 +13,7 @@ train    a run from a seed at a learning rate: losses, seconds
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -183,8 +184,11 @@ class Worker:
         return [p.grad for p in self.subject.model.parameters() if p.grad is not None]
 
 
-def compare(mine: list[Tensor], reference: str) -> dict[str, float]:
-    """Cosine and relative error of all gradients, as one vector, in double precision."""
+def compare(mine: list[Tensor], reference: str) -> dict[str, float | None]:
+    """Cosine and relative error of all gradients, as one vector, in double precision.
+
+    None for gradients that are not finite.
+    """
     theirs: list[Tensor] = torch.load(reference, weights_only=True, mmap=True)
     if [g.shape for g in mine] != [g.shape for g in theirs]:
         raise ValueError("its gradients have other shapes than the reference's")
@@ -194,6 +198,8 @@ def compare(mine: list[Tensor], reference: str) -> dict[str, float]:
         dot, norm = dot + float((x * y).sum()), norm + float(x.square().sum())
         other += float(y.square().sum())
         difference += float((x - y).square().sum())
+    if not math.isfinite(norm):
+        return {"cosine": None, "relative_error": None}
     cosine = dot / (norm * other) ** 0.5 if norm and other else 0.0
     return {"cosine": cosine, "relative_error": (difference / other) ** 0.5 if other else 0.0}
 
