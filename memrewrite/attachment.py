@@ -46,14 +46,21 @@ def update_of(kind: AnyKind, session: Session, build: Callable[..., Update]) -> 
 
 
 def numbers_of(
-    update: Update, step: Tensor, group: dict[str, Any], shared: dict[Any, tuple[Any, ...]]
+    update: Update,
+    step: Tensor,
+    group: dict[str, Any],
+    shared: dict[Any, tuple[Any, ...]],
+    scale: float = 1.0,
 ) -> tuple[Any, ...]:
-    """Count a step; the scalars of its update, the same for all weights of a kind and group."""
-    if step.device.type != "cpu":  # reading it would wait for the device
-        return update.numbers(step, hyperparameters(group, update.kind.decays))
-    key = (update.kind, id(group), float(step))
-    if key in shared:
+    """Count a step; the scalars of its update, the same for all weights of a kind and group.
+
+    scale: factor on the step, the decay apart.
+    """
+    key = (update.kind, id(group), scale, float(step) if step.device.type == "cpu" else None)
+    if key in shared and step.device.type == "cpu":  # reading another would wait for its device
         step += 1
-    else:
-        shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
+        return shared[key]
+    if scale != 1.0:  # (1 - lr wd) W stays what it was
+        group = {**group, "lr": group["lr"] * scale, "weight_decay": group["weight_decay"] / scale}
+    shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
     return shared[key]

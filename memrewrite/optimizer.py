@@ -27,7 +27,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
 from memrewrite.errors import UnsupportedError
 from memrewrite.projection import Selection, sites_of
-from memrewrite.small_gradients import spread_orphans, takes, update_factored, warn_of_dense
+from memrewrite.small_gradients import (
+    spread_orphans,
+    takes,
+    update_factored,
+    warn_of_dense,
+    warn_of_full_gradients,
+)
 from memrewrite.state import Session, live_sessions, warn
 from memrewrite.target import Target, check_state, check_target, refresh_if_due
 from memrewrite.update import Update, build
@@ -99,6 +105,8 @@ def _attached(optimizer: Optimizer) -> Attachment:
         left = [p for p in found if id(p) not in ported]  # a small gradient needs no GaLore
         attachment.targets = _targets(ours, left, attachment.targets)
         attachment.key = key
+        for session in sessions:
+            warn_of_full_gradients(session)
     if attachment.targets:
         _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
     if _is_adam(optimizer):

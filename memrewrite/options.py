@@ -29,7 +29,10 @@ class VeLoRA:
         first training batch, then frozen (the paper's). "running_mean": the same mean
         over all batches so far. "ones": 1/sqrt(M), no calibration. "random": a fixed
         random direction.
-    lr_scale: factor on the step of the compressed weights; only 1.0 in this version.
+    lr_scale: factor on Adam's step of the compressed weights, their decay apart. Under Adam
+        |v| cancels and a step moves W along sign(v), which moves the layer's output up to
+        sqrt(M) times further than an ordinary one: "sqrt" divides by that. Applies to small
+        gradients alone; 1.0 is the paper's.
     gradients: "coordinates": backward returns a compressed weight's gradient as the (O, G)
         numbers that it is made of (`weight.grad` is a ProjectedGrad, of the full shape to
         whoever looks), and Adam keeps moments of these alone, exactly. "dense": the full
@@ -43,7 +46,7 @@ class VeLoRA:
     sites: Sites = "auto"
     scale: float = 1.0
     init: Literal["batch_mean", "running_mean", "ones", "random"] = "batch_mean"
-    lr_scale: float = 1.0
+    lr_scale: float | Literal["sqrt"] = 1.0
     gradients: Literal["coordinates", "dense"] = "coordinates"
 
     def __post_init__(self) -> None:
@@ -53,12 +56,23 @@ class VeLoRA:
         _check_finite("scale", self.scale)
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is none of {', '.join(map(repr, INITS))}")
-        if self.lr_scale != 1.0:
+        if self.lr_scale != "sqrt":
+            _check_finite("lr_scale", self.lr_scale)
+            if self.lr_scale <= 0:
+                raise ValueError(f"lr_scale={self.lr_scale} is not positive")
+        dense = self.gradients == "dense" or self.init == "running_mean"
+        if self.lr_scale != 1.0 and dense:
             raise UnsupportedError(
-                f"lr_scale={self.lr_scale!r}: only 1.0 is supported; give the compressed "
-                "weights an optimizer parameter group of their own instead"
+                f"lr_scale={self.lr_scale!r} acts on small gradients, which gradients='dense' and "
+                "init='running_mean' turn off; give the compressed weights an optimizer parameter "
+                "group of their own instead"
             )
         object.__setattr__(self, "sites", _checked_sites(self.sites))
+
+    @property
+    def step_scale(self) -> float:
+        """lr_scale as a number."""
+        return self.subtoken_size**-0.5 if self.lr_scale == "sqrt" else self.lr_scale
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,18 @@ def takes(
             state.update(initialise(kind, grad, group["capturable"]))
         return True
     _give_up(parameter, group, state, reason, attachment)
+    _warn_of_scale(parameter, reason, attachment)
     return False
+
+
+def _warn_of_scale(parameter: nn.Parameter, reason: str, attachment: Attachment) -> None:
+    velora = attachment.ported[id(parameter)].velora
+    if velora is not None and velora.lr_scale != 1.0 and not attachment.warned:
+        attachment.warned = True
+        warn(
+            f"lr_scale={velora.lr_scale!r} does not act on a compressed weight "
+            f"{tuple(parameter.shape)}, which takes stock Adam's step: {reason}"
+        )
 
 
 def _give_up(
@@ -83,6 +94,30 @@ def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
         )
 
 
+def warn_of_full_gradients(session: Session) -> None:
+    """Compressed weights whose gradients stay full, where a scale of their step was asked for."""
+    velora = session.velora
+    if velora is None or velora.lr_scale == 1.0 or session.scale_checked or not session.graphs:
+        return
+    session.scale_checked = True
+    small = {id(p) for p in session.ported()}
+    full = {
+        b.names[position]: tuple(parameter.shape)
+        for graph in session.graphs
+        for b in graph.bindings.values()
+        for record in b.variant.record.inputs
+        for position in record.weights
+        if (parameter := dict(b.parameters)[position]()) is not None and id(parameter) not in small
+    }
+    if full:
+        name, shape = next(iter(full.items()))
+        warn(
+            f"lr_scale={velora.lr_scale!r} does not act on {len(full)} compressed weights whose "
+            f"gradients stay full-size (for one, {name} {shape}: shared, or transposed); give "
+            "them an optimizer parameter group of their own"
+        )
+
+
 def update_factored(
     kind: FactoredKind,
     session: Session,
@@ -95,5 +130,7 @@ def update_factored(
     if state["step"].device.type != "cpu" and not group["capturable"]:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
     update = update_of(kind, session, build)
-    numbers = numbers_of(update, state["step"], group, shared)
+    assert session.velora is not None  # no gradient is small without
+    scale = session.velora.step_scale
+    numbers = numbers_of(update, state["step"], group, shared, scale)
     update.apply(inputs(parameter, state, kind), numbers)

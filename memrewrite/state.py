@@ -52,6 +52,7 @@ class Session:
     graphs: list[Graph] = field(default_factory=list)
     called: bool = False
     on_change: Callable[[Session, bool], None] | None = None
+    scale_checked: bool = False  # whether lr_scale reaches every compressed weight
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -66,6 +66,8 @@ def test_which_are_exact(name: str, exact: bool) -> None:
         ("eager+memrewrite", "disagree about engine"),
         ("budget-0.5+budget-0.25", "disagree about budget"),
         ("lr-sqrt", "velora's weights"),
+        ("velora-all-16+dense+lr-sqrt", "small gradients"),
+        ("dense", "how velora returns"),
         ("peft-velora-16", "needs lora"),
         ("", "name a configuration"),
         ("nothing-*", "matches"),

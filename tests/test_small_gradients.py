@@ -36,10 +36,10 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def net(gradients: Any = "coordinates", seed: int = 0, **kwargs: Any) -> Net:
+def net(gradients: Any = "coordinates", seed: int = 0, **options: Any) -> Net:
     torch.manual_seed(seed)
-    velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients)
-    return memrewrite.compile(Net().double(), velora=velora, backend="aot_eager", **kwargs)
+    velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients, **options)
+    return memrewrite.compile(Net().double(), velora=velora, backend="aot_eager")
 
 
 def batch(step: int) -> Tensor:
@@ -110,6 +110,29 @@ def test_a_hundred_steps_in_double_precision() -> None:
         optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         fit(model, optimizer, range(100), between=clip)
     same(*models)
+
+
+@pytest.mark.parametrize("scale", ["sqrt", 0.25])
+def test_the_step_is_scaled_and_the_decay_is_not(scale: Any) -> None:
+    ours, theirs = net(lr_scale=scale), net("dense")
+    factor = M**-0.5 if scale == "sqrt" else scale
+    fit(ours, AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1), range(6))
+    weights = [theirs.up.weight, theirs.down.weight]
+    slow = {"params": weights, "lr": 1e-2 * factor, "weight_decay": 0.1 / factor}
+    groups = [slow, {"params": [theirs.up.bias], "weight_decay": 0.1}]
+    fit(theirs, AdamW(groups, lr=1e-2), range(6))
+    same(ours, theirs)
+
+
+def test_a_scale_that_cannot_act_says_so() -> None:
+    model = net(lr_scale=0.5)
+    with pytest.warns(MemrewriteWarning, match=r"lr_scale=0.5 does not act.*an L2 decay"):
+        fit(model, Adam(model.parameters(), weight_decay=0.1), range(2))
+    torch.manual_seed(0)
+    velora = VeLoRA(subtoken_size=M, sites="all", lr_scale="sqrt")
+    tied = memrewrite.compile(Tied().double(), velora=velora, backend="aot_eager")
+    with pytest.warns(MemrewriteWarning, match=r"lr_scale='sqrt' does not act on 1 compressed"):
+        fit(tied, AdamW(tied.parameters()), range(2))
 
 
 def test_moments_are_small_and_plain() -> None:

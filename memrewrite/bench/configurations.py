@@ -17,7 +17,7 @@
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
                                in place of fused AdamW
     frozen-SITES               those weights get no gradient: a control for `bench train`
-    lr-sqrt                    the learning rate of VeLoRA's weights divided by sqrt(M)
+    lr-sqrt                    VeLoRA(lr_scale="sqrt"): their steps divided by sqrt(M)
 
 Parts compose: `velora-all-16+checkpointing+galore`. A name that says neither eager nor
 memrewrite is compiled by torch.compile, `checkpointing` alone included.
@@ -149,7 +149,9 @@ def parse(name: str) -> Configuration:
     if found.dense and found.velora is None:
         raise ValueError(f"{name!r}: dense says how velora returns its gradients")
     if found.lr_sqrt and found.velora is None:
-        raise ValueError(f"{name!r}: lr-sqrt divides the learning rate of velora's weights")
+        raise ValueError(f"{name!r}: lr-sqrt divides the steps of velora's weights")
+    if found.lr_sqrt and found.dense:
+        raise ValueError(f"{name!r}: lr-sqrt needs velora's small gradients")
     if found.peft_velora and not found.lora:
         raise ValueError(f"{name!r}: PEFT's VeLoRA needs lora")
     return found

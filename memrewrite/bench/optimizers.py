@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memrewrite.bench.configurations import Configuration
-from memrewrite.bench.subject import compressed
 from memrewrite.options import GaLore
 from memrewrite.projection import sites_of
 
@@ -28,22 +25,22 @@ def make(
     ImportError, naming the package, where one is missing.
     """
     kind = configuration.optimizer
-    groups = list(_groups(configuration, model, lr))
+    trained = [p for p in model.parameters() if p.requires_grad]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=DECAY, fused=True)
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=DECAY, fused=True)
     if kind == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr, weight_decay=DECAY)
+        return torch.optim.Adafactor(trained, lr=lr, weight_decay=DECAY)
     if kind == "adamw8bit-torchao":
         from torchao.optim import AdamW8bit
 
-        return AdamW8bit(groups, lr=lr, weight_decay=DECAY)  # type: ignore[no-any-return]
+        return AdamW8bit(trained, lr=lr, weight_decay=DECAY)  # type: ignore[no-any-return]
     if kind == "adamw8bit-bitsandbytes":
         bits: Any = importlib.import_module("bitsandbytes.optim")
-        made: Optimizer = bits.AdamW8bit(groups, lr=lr, weight_decay=DECAY)
+        made: Optimizer = bits.AdamW8bit(trained, lr=lr, weight_decay=DECAY)
         return made
     projected = {id(site.candidate.parameter) for site in sites_of(model, GaLore(rank)).projected}
-    plain = [p for group in groups for p in group["params"] if id(p) not in projected]
-    small = [p for group in groups for p in group["params"] if id(p) in projected]
+    plain = [p for p in trained if id(p) not in projected]
+    small = [p for p in trained if id(p) in projected]
     how: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "proj_type": "std"}
     if kind == "galore-torch":
         from galore_torch import GaLoreAdamW
@@ -62,16 +59,6 @@ def make(
     return APOLLOAdamW(  # type: ignore[no-any-return]
         [{"params": plain}, {"params": small, **how}], lr=lr, eps=1e-8, weight_decay=DECAY
     )
-
-
-def _groups(configuration: Configuration, model: nn.Module, lr: float) -> Iterator[dict[str, Any]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    apart: set[int] = set()
-    if configuration.lr_sqrt and configuration.velora:
-        slow = compressed(model, configuration.sites, configuration.velora)
-        apart = set(map(id, slow))
-        yield {"params": slow, "lr": lr / math.sqrt(configuration.velora)}
-    yield {"params": [p for p in trained if id(p) not in apart]}
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

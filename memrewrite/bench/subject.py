@@ -112,7 +112,10 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
     elif configuration.engine == "memrewrite":
         size = configuration.velora
         gradients: Any = "dense" if configuration.dense else "coordinates"
-        velora = memrewrite.VeLoRA(size or 16, configuration.sites, gradients=gradients)
+        scale: Any = "sqrt" if configuration.lr_sqrt else 1.0
+        velora = memrewrite.VeLoRA(
+            size or 16, configuration.sites, lr_scale=scale, gradients=gradients
+        )
         galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh)
         wanted = galore if configuration.galore else None
         memrewrite.compile(model, velora=velora if size else False, galore=wanted)
