@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
 from memrewrite.errors import UnsupportedError
+from memrewrite.projected import ProjectedGrad
 from memrewrite.projection import Selection, sites_of
 from memrewrite.small_gradients import (
     spread_orphans,
@@ -195,10 +196,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
     attachment = _attached(optimizer)
     attachment.factored = {}
     _complain_of_unserved()
-    spread_orphans(optimizer, attachment)
     if not _is_adam(optimizer):
         warn_of_dense(optimizer, attachment)
         return
+    spread_orphans(optimizer, attachment)
     if not (attachment.targets or attachment.ported):
         return
     if attachment.post_hook is None:
@@ -254,6 +255,8 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
                 update_factored(factored, session, parameter, group, optimizer, shared)
                 continue
             assert target is not None
+            if isinstance(grad, ProjectedGrad):
+                grad = grad.to_dense()
             failure = _update_one(target, group, grad, optimizer.state[parameter], shared)
             if failure is not None and not attachment.warned:
                 attachment.warned = True

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from models import (
 )
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.profiler import ProfilerActivity, profile
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
 from memrewrite.backend import Engine
+from memrewrite.factored import VECTOR
 from memrewrite.state import session_of
 from memrewrite.update import Kind, build, hyperparameters
 
@@ -150,7 +154,8 @@ def test_ten_steps_under_a_schedule_compile_once_and_follow_the_eager_update() -
     optimizers, schedules = [], []
     for one, backend in ((model, "inductor"), (other, "aot_eager")):
         galore = GaLore(rank=4, update_every=4, refresh="svd")
-        memrewrite.compile(one, velora=True, galore=galore, backend=backend)
+        velora = VeLoRA(gradients="dense")
+        memrewrite.compile(one, velora=velora, galore=galore, backend=backend)
         optimizers.append(torch.optim.AdamW(one.parameters(), lr=1e-3, fused=True))
         schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], 10))
     session_of(other).called = True  # it takes the other's gradients: Adam magnifies rounding
@@ -172,6 +177,37 @@ def test_ten_steps_under_a_schedule_compile_once_and_follow_the_eager_update() -
         assert float((p - q).detach().norm()) <= 1e-4 * float(moved), name
         assert set(optimizers[0].state[p]) == set(optimizers[1].state[q])
     assert "projector" in optimizers[0].state[model.model.layers[0].self_attn.v_proj.weight]
+
+
+def test_small_gradients_train_as_full_ones_and_a_step_allocates_no_matrix() -> None:
+    model, run = llama(layers=1)
+    other = copy.deepcopy(model)
+    small = VeLoRA(subtoken_size=8, sites="all")
+    memrewrite.compile(model, velora=small)
+    memrewrite.compile(other, velora=replace(small, gradients="dense"), backend="aot_eager")
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (model, other)]
+    for step in range(4):
+        for one, optimizer in zip((model, other), optimizers, strict=True):
+            run(one).backward()
+            if one is model and step == 3:
+                largest = _largest_allocation(optimizer.step)
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    assert {VECTOR in s for p, s in optimizers[0].state.items() if "proj" in _name(model, p)} == {
+        True
+    }
+    assert 0 < largest < min(p.nbytes for p in model.parameters() if p.ndim == 2) // 8
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+
+
+def _largest_allocation(work: Callable[[], object]) -> int:
+    """Bytes of the largest block that torch's allocator hands out meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        work()
+    events = traced.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize(
