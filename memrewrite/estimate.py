@@ -270,14 +270,17 @@ def trace(
 # --- adding up -----------------------------------------------------------------------------
 
 
-def _small(session: Session, model: nn.Module) -> dict[str, int]:
-    """Bytes of the gradients that come as coordinates, by the weight's name."""
+def _small(session: Session, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Bytes of the gradients that come as coordinates, and of their v, by the weight's name."""
     if session.velora is None:
         return {}
     names = {id(p): name for name, p in model.named_parameters()}
     size = session.velora.subtoken_size
     return {
-        names[id(p)]: p.shape[0] * -(-p.shape[1] // size) * p.element_size()
+        names[id(p)]: (
+            p.shape[0] * -(-p.shape[1] // size) * p.element_size(),
+            size * max(4, p.element_size()),
+        )
         for p in session.ported()
     }
 
@@ -288,14 +291,14 @@ def _program(
     when: str,
     kept: Kept,
     symbols: dict[str, Any],
-    small: Mapping[str, int] = MappingProxyType({}),
+    small: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Program:
     """Graphs run one after the other forward, and in reverse order backward."""
     saved = [read(getattr(r, f"formula_{when}"), symbols) for r in records]
     memory = [_memory(r, when) for r in records]
     gradients = [m.gradients for m in memory]
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    total = sum(small.get(name, p.nbytes) for name, p in trained)
+    total = sum(small[name][0] if name in small else p.nbytes for name, p in trained)
     parameters = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     always = parameters + buffers + kept.state

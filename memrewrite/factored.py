@@ -116,11 +116,18 @@ def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -
     """What a compiled update takes: W, A, m, s, (the maximum,) v."""
     gradient = parameter.grad
     assert isinstance(gradient, ProjectedGrad) and gradient.coordinates is not None
-    small = [gradient.coordinates, *(state[name] for name in moments(kind))]
+    small = [gradient.coordinates.contiguous(), *(state[name] for name in moments(kind))]
     weight = parameter.detach()
     if kind.dynamic:
-        weight, small = weight.view(-1, kind.size), [t.view(-1, 1) for t in small]
+        weight, small = _rows(weight, kind.size), [_rows(t, 1) for t in small]
     return [weight, *small, gradient.basis.v]
+
+
+def _rows(tensor: Tensor, columns: int) -> Tensor:
+    """The same memory as (rows, columns), and no view: a compiler specialises to a view's base."""
+    shape = tensor.numel() // columns, columns
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
 
 
 def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:

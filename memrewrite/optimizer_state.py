@@ -45,11 +45,12 @@ def state_of(
     model: nn.Module,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     galore: GaLore | None,
-    small: Mapping[int, int] = MappingProxyType({}),
+    small: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.
 
-    small: by id of a parameter, the bytes of its gradient where that comes as coordinates.
+    small: by id of a parameter, the bytes of its gradient where that comes as coordinates, and
+        those of its v, which the state holds as well.
     Raises UnsupportedError for an optimizer whose state is not known here.
     """
     if optimizer is None:
@@ -79,7 +80,7 @@ def state_of(
     taken = {id(site.candidate.parameter) for site in sites} | small.keys()
     rest = [p for p in trained if id(p) not in taken]
     state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
-    state += moments * sum(small[id(p)] for p in factored)
+    state += sum(moments * small[id(p)][0] + small[id(p)][1] for p in factored)
     step = max([_temporaries(rest, group), *(_update(s) for s in sites)])
     refresh = None if galore is None else max((_refresh(s, galore) for s in sites), default=None)
     return plain, Kept(state, step, refresh)

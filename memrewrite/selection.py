@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from memrewrite.options import VeLoRA
 from memrewrite.plan import Weight
@@ -43,6 +42,7 @@ def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weigh
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     size, port = velora.subtoken_size, None
     coordinates = velora.gradients == "coordinates" and velora.init != "running_mean"
-    if coordinates and candidate.kind == "linear" and type(parameter) is nn.Parameter:
+    wrapper = hasattr(parameter, "__tensor_flatten__")  # a DTensor, a quantised weight
+    if coordinates and candidate.kind == "linear" and not wrapper:
         port = (parameter.shape[0], -(-parameter.shape[1] // size))
     return Weight(position, size, dtype, parameter.device, port)

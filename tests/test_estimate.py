@@ -18,6 +18,7 @@ from torch import nn
 
 import memrewrite
 from memrewrite import GaLore, VeLoRA, shapes
+from memrewrite.bench.meters import unique_bytes
 from memrewrite.estimate import by_depth
 
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
@@ -252,3 +253,18 @@ def test_what_is_printed() -> None:
     data = found.to_dict()
     assert data["memrewrite"]["saved"] == found.rewritten.saved
     assert data["torch.compile"]["peak"] == found.plain.peak
+
+
+def test_small_gradients_and_their_moments_are_counted_as_they_are() -> None:
+    model = Stack()
+    memrewrite.compile(model, velora=VeLoRA(subtoken_size=8, sites="all"), backend="aot_eager")
+    x = torch.randn(16, 32)
+    found = memrewrite.estimate(model, x, optimizer=torch.optim.AdamW)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).square().mean().backward()
+    gradients = unique_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert found.rewritten.gradients == gradients < found.plain.gradients / 3
+    assert found.rewritten.optimizer_state == state < found.plain.optimizer_state / 3
+    assert found.rewritten.step_peak < found.plain.step_peak
