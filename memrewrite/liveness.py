@@ -28,16 +28,24 @@ Hint = Callable[[Any], int]
 
 
 def memory_record(
-    forward: Graph, backward: Graph, outputs: int, free: Collection[int], hint: Hint
+    forward: Graph,
+    backward: Graph,
+    outputs: int,
+    free: Collection[int],
+    hint: Hint,
+    known: Collection[str] = (),
 ) -> MemoryRecord:
-    """The timelines of both halves; `free` arguments (parameters, state) cost nothing."""
+    """The timelines of both halves; `free` arguments (parameters, state) cost nothing.
+
+    known: the symbols that formulas may be in. Any other size is what it is at the compile.
+    """
     ahead = timeline(forward, _placeholders(forward, free))
     behind = timeline(backward, _handed(forward, backward, outputs, free))
     record = MemoryRecord(
         forward=_points(ahead, hint),
         backward=_points(behind, hint),
-        forward_peaks=_peaks(ahead, hint),
-        backward_peaks=_peaks(behind, hint),
+        forward_peaks=_peaks(ahead, hint, known),
+        backward_peaks=_peaks(behind, hint, known),
         gradients=sum(hint(b.bytes) for b in behind.buffers if b.kind == "output"),
     )
     halves = {"forward": record.forward, "backward": record.backward}
@@ -98,7 +106,20 @@ def _label(of: Timeline, position: int) -> str:
     return f"{operation_of(node)} of {module}" if module else operation_of(node)
 
 
-def _peaks(of: Timeline, hint: Hint) -> list[str]:
+def settled(size: Any, known: Collection[str]) -> Any:
+    """A size as an int, or as a formula in `known` symbols: an RNG state has one of its own."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    env = node.shape_env
+    table = getattr(env, "backed_var_to_val", None) or env.var_to_val  # its name before 2.13
+    fixed = [s for s in node.expr.free_symbols if str(s) not in known and s in table]
+    values = {s: table[s] for s in fixed}
+    found = sympy.expand(node.expr.xreplace(values))
+    return int(found) if found.is_Integer else found
+
+
+def _peaks(of: Timeline, hint: Hint, known: Collection[str]) -> list[str]:
     """Formulas of which the largest is the peak: under fixed shapes, one number.
 
     A moment is left out where another one holds at least as much of every term.
@@ -106,9 +127,10 @@ def _peaks(of: Timeline, hint: Hint) -> list[str]:
     points = sorted(of.points(hint), key=lambda point: -point[1])
     if not points:
         return ["0"]
-    if all(isinstance(b.bytes, int) for b in of.buffers):
+    sizes = {b.node: settled(b.bytes, known) for b in of.buffers}
+    if all(isinstance(size, int) for size in sizes.values()):
         return [str(points[0][1])]
-    terms = {b.node: _terms(b.bytes) for b in of.buffers}
+    terms = {node: _terms(size) for node, size in sizes.items()}
     kept: list[dict[str, int]] = []
     for position, _ in points:
         total: dict[str, int] = {}
@@ -124,7 +146,7 @@ def _terms(size: Any) -> dict[str, int]:
     """A size as monomials with their factors: 4*s0*s1 + 8 is {"s0*s1": 4, "1": 8}."""
     if isinstance(size, int):
         return {"1": size}
-    expanded = sympy.expand(size.node.expr).as_coefficients_dict()
+    expanded = size.as_coefficients_dict()
     return {str(monomial): int(factor) for monomial, factor in expanded.items()}
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from memrewrite import pipeline
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.listing import listing
-from memrewrite.liveness import memory_record
+from memrewrite.liveness import memory_record, settled
 from memrewrite.plan import Plan
 from memrewrite.record import GraphRecord, InputRecord, KeptRecord
 from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
@@ -284,7 +284,8 @@ def _settle(
         entry.fate = "kept alive" if x else "z saved" if z else "rebuilt"
         entry.kept_by = _reader_names(backward, after.handed[x], served) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
-    record.formula_before, record.formula_after = str(before.bytes), str(after.bytes)
+    record.formula_before = str(settled(before.bytes, record.symbols))
+    record.formula_after = str(settled(after.bytes, record.symbols))
 
 
 def _remember(
@@ -294,7 +295,8 @@ def _remember(
     if record is None:
         return
     try:
-        record.memory[when] = memory_record(forward, backward, outputs, plan.free, hint)
+        known = record.symbols
+        record.memory[when] = memory_record(forward, backward, outputs, plan.free, hint, known)
     except Exception:
         log.exception("no memory timeline %s the rewrite", when)
 

@@ -268,3 +268,22 @@ def test_small_gradients_and_their_moments_are_counted_as_they_are() -> None:
     assert found.rewritten.gradients == gradients < found.plain.gradients / 3
     assert found.rewritten.optimizer_state == state < found.plain.optimizer_state / 3
     assert found.rewritten.step_peak < found.plain.step_peak
+
+
+def test_a_checkpointed_model_is_estimated_in_numbers() -> None:
+    """What is recomputed keeps the state of random numbers, whose size is a symbol of its own."""
+    config = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=96, use_cache=False,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it has another name from v6 on
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(96, (2, 16))
+    found = memrewrite.estimate(model, input_ids=ids, labels=ids)
+    assert all(isinstance(v, int) for v in vars(found.plain).values() if v is not None)
+    formulas = memrewrite.estimate(model, input_ids=ids, labels=ids, dynamic=True)
+    assert set(formulas.symbols) == {"B", "S"}
+    numbers = formulas.evaluate(B=2, S=16).plain
+    assert abs(numbers.saved - found.plain.saved) < 100  # scalars that dynamic shapes add
