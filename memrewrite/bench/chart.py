@@ -15,7 +15,7 @@ OURS, EXACT, APPROXIMATE = "#c0392b", "#2c3e50", "#95a5a6"
 def pareto(rows: Iterable[Row], title: str, path: Path) -> None:
     """Memory against time, both as ratios to the baseline; the front is a line.
 
-    Filled marks have exact gradients. Raises ImportError without matplotlib.
+    Filled marks have exact gradients and Adam. Raises ImportError without matplotlib.
     """
     placed = [row for row in rows if point(row) is not None]
     if not placed:
@@ -38,7 +38,10 @@ def pareto(rows: Iterable[Row], title: str, path: Path) -> None:
     axes.axvline(1, color="#dddddd", zorder=0)
     axes.axhline(1, color="#dddddd", zorder=0)
     axes.set(xlabel="step time, ratio to torch.compile", ylabel="memory, ratio to torch.compile")
-    axes.set_title(f"{title}\nred: memrewrite; hollow: approximate gradients", fontsize=10)
+    axes.set_title(
+        f"{title}\nred: memrewrite; hollow: gradients or an optimizer that are not the exact ones",
+        fontsize=10,
+    )
     _save(figure, path)
 
 
@@ -62,7 +65,10 @@ def losses(rows: Sequence[Row], title: str, path: Path) -> None:
         )  # fmt: skip
         axes.annotate(str(number), (x, y), (5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="memory of a training step, MB", ylabel="validation loss, nats per token")
-    axes.set_title(f"{title}\nred: memrewrite; hollow: approximate", fontsize=10)
+    axes.set_title(
+        f"{title}\nred: memrewrite; hollow: gradients or an optimizer that are not the exact ones",
+        fontsize=10,
+    )
     _save(figure, path)
 
 
