@@ -5,10 +5,11 @@ memory. What is linear, and the norm, acts on the coordinates; what it does not 
 the dense value, so that any optimizer, hook or logger sees the gradient that it expects:
 
     small   + - += -= of gradients with the same basis, * / by a number, neg, zero_, norm (2),
-            clip_grad_norm_, GradScaler's unscaling, isfinite, clone, detach, copy_, to
+            clip_grad_norm_, GradScaler's unscaling, clone, detach, copy_, to
     dense   everything else. An in-place operation of that kind, clip_grad_value_ for one,
             leaves a ProjectedGrad that is dense from then on (`is_dense`). So does a write
-            through a view of it, `g[0] = 0` or `g.view(-1).mul_(2)`.
+            through a view of it, `g[0] = 0` or `g.view(-1).mul_(2)`. `detach` and `data`
+            share all of that with the gradient that they are of.
 
 It is pickled as its dense value, so that whatever holds one can be loaded anywhere.
 """
@@ -27,20 +28,27 @@ from memrewrite.basis import Vector
 aten = torch.ops.aten
 
 
+class _Held:
+    """What a gradient holds, shared with everything that is the same tensor."""
+
+    def __init__(self, coordinates: Tensor) -> None:
+        self.coordinates: Tensor | None = coordinates
+        self.value: Tensor | None = None  # dense: while it is dense, or a view of it may live
+        self.views: list[tuple[Tensor, int]] = []  # of `value`, with their versions when made
+
+
 class ProjectedGrad(Tensor):
     """See the module. Compiled backwards make it; ProjectedGrad(coordinates, basis, shape)."""
 
     basis: Vector
-    _coordinates: Tensor | None
-    _value: Tensor | None  # dense: held while it is dense, or while a view of it may live
-    _views: list[tuple[Tensor, int]]  # of `_value`, with their versions when they were made
+    _held: _Held
 
     @staticmethod
     def __new__(cls, coordinates: Tensor, basis: Vector, shape: Sequence[int]) -> ProjectedGrad:
         made: Any = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=coordinates.dtype, device=coordinates.device
         )
-        made._coordinates, made.basis, made._value, made._views = coordinates, basis, None, []
+        made._held, made.basis = _Held(coordinates), basis
         return made  # type: ignore[no-any-return]
 
     def __init__(self, coordinates: Tensor, basis: Vector, shape: Sequence[int]) -> None:
@@ -49,9 +57,10 @@ class ProjectedGrad(Tensor):
     @property
     def coordinates(self) -> Tensor | None:
         """A, (O, G); None where the value is dense."""
-        if any(view._version != seen for view, seen in self._views):
-            self._coordinates, self._views = None, []  # somebody wrote through a view
-        return self._coordinates
+        held = self._held
+        if any(view._version != seen for view, seen in held.views):
+            held.coordinates, held.views = None, []  # somebody wrote through a view
+        return held.coordinates
 
     @property
     def is_dense(self) -> bool:
@@ -61,8 +70,8 @@ class ProjectedGrad(Tensor):
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The gradient as a plain tensor, (O, D)."""
         small = self.coordinates
-        if self._value is not None:
-            return self._value
+        if self._held.value is not None:
+            return self._held.value
         assert small is not None
         return self.basis.dense(small, self.shape)
 
@@ -88,7 +97,7 @@ class ProjectedGrad(Tensor):
 
     def held(self) -> list[Tensor]:
         """The plain tensors that it is stored in, the basis apart."""
-        return [t for t in (self.coordinates, self._value) if t is not None]
+        return [t for t in (self.coordinates, self._held.value) if t is not None]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
@@ -125,15 +134,22 @@ class ProjectedGrad(Tensor):
     def _with(self, coordinates: Tensor) -> ProjectedGrad:
         return ProjectedGrad(coordinates, self.basis, self.shape)
 
+    def _same(self) -> ProjectedGrad:
+        """Another tensor that is this one: what is written into either is in both."""
+        other = self._with(self.held()[0])
+        other._held = self._held
+        return other
+
     def _viewed(self, value: Tensor, result: Any) -> None:
         """Views of `value` are out: what is written through them counts."""
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._value = value
-        self._views += [(leaf, leaf._version) for leaf in leaves]
+        self._held.value = value
+        self._held.views += [(leaf, leaf._version) for leaf in leaves]
 
     def _become(self, value: Tensor) -> None:
         """Hold a value that is no longer coordinates times the basis."""
-        self._coordinates, self._value, self._views = None, value, []
+        held = self._held
+        held.coordinates, held.value, held.views = None, value, []
 
 
 # --- operations on coordinates -----------------------------------------------------------
@@ -145,7 +161,7 @@ def _small(value: object) -> bool:
 
 def _alone(value: object) -> bool:
     """Small, and no view of its dense value may be alive: coordinates may be written."""
-    return isinstance(value, ProjectedGrad) and _small(value) and value._value is None
+    return isinstance(value, ProjectedGrad) and _small(value) and value._held.value is None
 
 
 def _number(value: object) -> bool:
@@ -261,8 +277,8 @@ def _foreach_norm(tensors: Sequence[Any], ord: float = 2, dtype: Any = None) -> 
 
 
 _SMALL: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: lambda g: g._with(g.coordinates) if _small(g) else NotImplemented,
-    aten.alias.default: lambda g: g._with(g.coordinates) if _small(g) else NotImplemented,
+    aten.detach.default: ProjectedGrad._same,
+    aten.alias.default: ProjectedGrad._same,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,

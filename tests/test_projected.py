@@ -243,6 +243,20 @@ def test_a_write_through_a_view_is_not_lost() -> None:
     torch.testing.assert_close(h.to_dense(), plain * 3)
 
 
+@pytest.mark.parametrize("reach", [lambda g: g.data, lambda g: g.detach()])
+@pytest.mark.parametrize("write", [lambda g: g.clamp_(-0.1, 0.1), lambda g: g[0].zero_()])
+def test_a_dense_write_through_the_same_tensor_is_not_lost(reach: Any, write: Any) -> None:
+    g = gradient()
+    plain = g.to_dense().clone()
+    write(reach(g))
+    write(plain)
+    torch.testing.assert_close(g.to_dense(), plain)
+    assert g.is_dense
+    reach(g).mul_(2)  # of one that is dense already
+    torch.testing.assert_close(g.to_dense(), plain * 2)
+    assert not reach(gradient()).is_dense
+
+
 def test_old_ways_of_reaching_a_gradient() -> None:
     g = gradient()
     plain = g.to_dense().clone()
