@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memrewrite.factored import FactoredKind
-from memrewrite.state import Session
+from memrewrite.state import Session, warn
 from memrewrite.target import Target
 from memrewrite.update import Kind, Update, hyperparameters
 
@@ -27,7 +27,14 @@ class Attachment:
     factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
-    warned: bool = False
+    told: set[str] = field(default_factory=set)  # kinds of warning that were given
+    compared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """One warning of a kind for an optimizer."""
+        if kind not in self.told:
+            self.told.add(kind)
+            warn(message)
 
 
 def members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

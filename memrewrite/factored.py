@@ -83,7 +83,7 @@ def build(kind: FactoredKind, engine: Engine) -> Update:
 
 
 def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """Why the coming update of a parameter cannot be factored; None where it can."""
+    """Why the coming update of a parameter cannot be factored, its v apart; None where it can."""
     gradient = parameter.grad
     if not isinstance(gradient, ProjectedGrad) or gradient.is_dense:
         return "its gradient is dense"
@@ -93,8 +93,6 @@ def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, An
         return "differentiable=True needs the full update"
     if state and VECTOR not in state:
         return "its optimizer state is full-size already"
-    if state and not torch.equal(state[VECTOR], gradient.basis.v.to(state[VECTOR].dtype)):
-        return "its v was replaced while the moments stayed"
     return None
 
 

@@ -258,9 +258,8 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
             if isinstance(grad, ProjectedGrad):
                 grad = grad.to_dense()
             failure = _update_one(target, group, grad, optimizer.state[parameter], shared)
-            if failure is not None and not attachment.warned:
-                attachment.warned = True
-                _warn_of(target, failure)
+            if failure is not None:
+                attachment.warn_once("refresh", _refresh_failed(target, failure))
     if len(compiled) > built:
         served = [target.session for target in attachment.targets.values()]
         for session in {*served, *attachment.ported.values()}:
@@ -284,8 +283,8 @@ def _update_one(
     return failure
 
 
-def _warn_of(target: Target, failure: str) -> None:
-    warn(
+def _refresh_failed(target: Target, failure: str) -> str:
+    return (
         f"GaLore could not refresh the projector of {target.name} "
         f"{tuple(target.parameter.shape)} {failure}. The old one stays, and the next step "
         "tries again; memrewrite.report counts further ones silently"

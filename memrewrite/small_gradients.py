@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -32,6 +33,8 @@ def takes(
         return False
     state = optimizer.state[parameter]
     reason = obstacle(parameter, group, state)
+    if reason is None and not _same_vector(parameter, state, attachment):
+        reason = "its v was replaced while the moments stayed"
     if reason is None:
         grad: Any = parameter.grad
         kind = kind_of(parameter, len(grad.basis.v), group)
@@ -44,13 +47,28 @@ def takes(
     return False
 
 
+def _same_vector(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> bool:
+    """Compared anew only where one of the two is another tensor: v is never written in place."""
+    if not state:
+        return True
+    grad: Any = parameter.grad
+    pair = state[VECTOR], grad.basis.v
+    known = attachment.compared.get(id(parameter))
+    if known is not None and known[0] is pair[0] and known[1] is pair[1]:
+        return True
+    if not torch.equal(pair[0], pair[1].to(pair[0].dtype)):  # load_state_dict casts it
+        return False
+    attachment.compared[id(parameter)] = pair
+    return True
+
+
 def _warn_of_scale(parameter: nn.Parameter, reason: str, attachment: Attachment) -> None:
     velora = attachment.ported[id(parameter)].velora
-    if velora is not None and velora.lr_scale != 1.0 and not attachment.warned:
-        attachment.warned = True
-        warn(
+    if velora is not None and velora.lr_scale != 1.0:
+        attachment.warn_once(
+            "scale",
             f"lr_scale={velora.lr_scale!r} does not act on a compressed weight "
-            f"{tuple(parameter.shape)}, which takes stock Adam's step: {reason}"
+            f"{tuple(parameter.shape)}, which takes stock Adam's step: {reason}",
         )
 
 
@@ -62,14 +80,12 @@ def _give_up(
     attachment: Attachment,
 ) -> None:
     """Stock Adam takes over, from the same moments."""
-    if VECTOR not in state:
-        return
-    spread_state(state, parameter, group)
-    if not attachment.warned:
-        attachment.warned = True
-        warn(
+    if VECTOR in state:
+        spread_state(state, parameter, group)
+        attachment.warn_once(
+            "full",
             f"the Adam state of a compressed weight {tuple(parameter.shape)} becomes full-size "
-            f"from here on, with the same values: {reason}"
+            f"from here on, with the same values: {reason}",
         )
 
 
@@ -78,19 +94,20 @@ def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
     for group, parameter in members(optimizer):
         state = optimizer.state.get(parameter)
         if isinstance(state, dict) and VECTOR in state and id(parameter) not in attachment.ported:
-            _give_up(parameter, group, state, "the model is compiled without", attachment)
+            reason = "no compiled graph returns a small gradient for it now"
+            _give_up(parameter, group, state, reason, attachment)
 
 
 def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
     grads = [p.grad for _, p in members(optimizer) if id(p) in attachment.ported]
     small = [g for g in grads if isinstance(g, ProjectedGrad) and not g.is_dense]
-    if small and not attachment.warned:
-        attachment.warned = True
-        warn(
+    if small:
+        attachment.warn_once(
+            "dense",
             f"{type(optimizer).__name__} reads the full gradients of {len(small)} compressed "
             f"weights: {sum(g.nbytes for g in small):,} bytes are built from "
             f"{sum(g.stored_bytes for g in small):,} in each step. torch.optim.Adam and AdamW "
-            "step on the small ones; memrewrite.VeLoRA(gradients='dense') silences this"
+            "step on the small ones; memrewrite.VeLoRA(gradients='dense') silences this",
         )
 
 
