@@ -69,11 +69,8 @@ class ProjectedGrad(Tensor):
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The gradient as a plain tensor, (O, D)."""
-        small = self.coordinates
-        if self._held.value is not None:
-            return self._held.value
-        assert small is not None
-        return self.basis.dense(small, self.shape)
+        small, value = self.coordinates, self._held.value
+        return self.basis.dense(small, self.shape) if value is None else value  # type: ignore[arg-type]
 
     @property
     def data(self) -> Any:
@@ -130,7 +127,6 @@ class ProjectedGrad(Tensor):
         return _densely(func, args, kwargs)
 
     # --- what the handlers below build on ---
-
     def _with(self, coordinates: Tensor) -> ProjectedGrad:
         return ProjectedGrad(coordinates, self.basis, self.shape)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from passes.attach import detach_ports, is_zeros_of_port
 from passes.base import (
     CASTS,
     CONVERT,
@@ -29,12 +30,9 @@ from passes.base import (
     aten,
     call,
     is_transpose,
-    memory_of,
     operand,
 )
-from passes.ops import port_attach, velora_reconstruct
-
-ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.full.default)
+from passes.ops import velora_reconstruct
 
 
 @dataclass(frozen=True)
@@ -56,24 +54,18 @@ def return_coordinates(ports: Mapping[int, int]) -> Pass:
             if port not in gradient_of:
                 continue
             at, small_at = gradient_of.index(weight), gradient_of.index(port)
-            if returned[small_at] is not None and _is_placeholder_gradient(returned[small_at]):
+            if is_zeros_of_port(returned[small_at]):
                 found = _coordinates(returned[at], output)
                 returned[small_at] = None if found is None else _emit(found, returned[at])
                 returned[at] = returned[at] if found is None else None
         output.args = (tuple(returned),)
-        for node in gm.graph.find_nodes(op="call_function", target=port_attach):
-            _detach(node)
+        detach_ports(gm.graph)
         gm.graph.eliminate_dead_code()
 
     key = tuple(sorted(ports.items()))
     identity = "dW = A (x) v: A is returned, and W's gradient is read as A (x) v"
     name = "return_coordinates"
     return Pass(name, rewrite, exact=True, key=key, identity=identity, drops=True)
-
-
-def _is_placeholder_gradient(node: Node) -> bool:
-    """True for the zeros that `attach` gives a port, False once it is rewritten."""
-    return node.target in ZEROS
 
 
 def _coordinates(node: Any, user: Node) -> Coordinates | None:
@@ -102,14 +94,3 @@ def _emit(found: Coordinates, gradient: Node) -> Node:
     for factor in found.factors:
         small = call(gradient, aten.mul.Tensor, small, factor)
     return small
-
-
-def _detach(node: Node) -> None:
-    """y itself, or a copy where its memory is somebody else's too: it was fresh before."""
-    y = operand(node, 0)
-    output: Any = node.graph.output_node().args[0]
-    others = [n for n in output if isinstance(n, Node) and n is not node]
-    memory = memory_of(y)
-    shared = memory.op == "placeholder" or memory in map(memory_of, others)
-    node.replace_all_uses_with(call(node, aten.clone.default, y) if shared else y)
-    node.graph.erase_node(node)

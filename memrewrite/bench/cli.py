@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from memrewrite import shapes
-from memrewrite.bench import chart, configurations, pareto
+from memrewrite.bench import chart, configurations, pareto, quality
 from memrewrite.bench.cost import Cost, Settings
-from memrewrite.bench.document import Document
-from memrewrite.bench.subject import Request, settings
+from memrewrite.bench.document import Document, title
+from memrewrite.bench.subject import Request
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import LEGEND, LOSS_LEGEND, loss_table, table
 
@@ -55,7 +55,7 @@ def _cost(words: list[str]) -> int:
     _check(given)
     chosen = configurations.chosen(given.configurations)
     asked = _request(given)
-    document = Document(given.output, {"kind": "cost", **settings(asked)}, given.resume)
+    document = Document(given.output, {"kind": "cost", **vars(asked)}, given.resume)
     how = Settings(given.repeats, given.rounds, given.together, given.timeout)
     with _progress() as (tell, tick, expect):
         bench = Cost(document, asked, chosen, how, tell, tick)
@@ -65,25 +65,25 @@ def _cost(words: list[str]) -> int:
 
 def write(data: dict[str, Any], folder: Path) -> None:
     """The table, as text and Markdown, and the chart, of a document."""
-    summarise(data["rows"])
+    trained = data["request"]["kind"] == "train"
+    if trained:
+        quality.summarise(data)
+    else:
+        summarise(data["rows"])
     rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
-    print(f"\n{table(rows)}\n\n{LEGEND}\n")
-    for line in [line for row in rows for line in problems(row)]:
+    tabled, legend = (loss_table, LOSS_LEGEND) if trained else (table, LEGEND)
+    print(f"\n{tabled(rows)}\n\n{legend}\n")
+    for line in [*data.get("warnings", ()), *(line for row in rows for line in problems(row))]:
         print(line)
-    for verdict in pareto.verdicts(rows):
+    for verdict in [] if trained else pareto.verdicts(rows):
         print(pareto.told(verdict).replace("**", ""))
-    (folder / "table.md").write_text(table(rows, "github") + "\n")
+    (folder / "table.md").write_text(tabled(rows, "github") + "\n")
+    draw, name = (chart.losses, "losses.svg") if trained else (chart.pareto, "pareto.svg")
     try:
-        chart.pareto(rows, _title(data), folder / "pareto.svg")
+        draw(rows, title(data), folder / name)
     except ImportError as error:
         print(f"no chart: {error}")
     print(f"\nwritten: {folder}")
-
-
-def _title(data: dict[str, Any]) -> str:
-    asked, where = data["request"], data["environment"]
-    size = f"{asked['batch']} x {asked['seq']}"
-    return f"{asked['model']}, {size}, {asked['dtype']}, {where['card'] or 'CPU'}"
 
 
 # --- training ------------------------------------------------------------------------------
@@ -91,8 +91,6 @@ def _title(data: dict[str, Any]) -> str:
 
 def training(given: argparse.Namespace) -> int:
     """`bench train`, its flags read."""
-    from memrewrite.bench import quality
-
     _check(given)
     try:
         rates = sorted({float(word) for word in given.lrs.split(",")})
@@ -102,30 +100,14 @@ def training(given: argparse.Namespace) -> int:
         raise ValueError(f"--lrs {given.lrs!r}: learning rates are positive")
     chosen = configurations.chosen(given.configurations)
     asked = _request(given)
-    request = {"kind": "train", "steps": given.steps, **settings(asked)}
+    quality.check(asked)
+    request = {"kind": "train", "steps": given.steps, **vars(asked)}
     document = Document(given.output, request, given.resume)
     how = quality.Settings(given.steps, given.seeds, rates, given.data)
     with _progress() as (tell, tick, expect):
         bench = quality.Quality(document, asked, chosen, how, tell, tick)
         expect(bench.expected())
-        return _run(bench.run, document, lambda: write_losses(document.data, given.output))
-
-
-def write_losses(data: dict[str, Any], folder: Path) -> None:
-    """The table, as text and Markdown, and the chart, of a training document."""
-    from memrewrite.bench import quality
-
-    quality.summarise(data)
-    rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
-    print(f"\n{loss_table(rows)}\n\n{LOSS_LEGEND}\n")
-    for line in [line for row in rows for line in problems(row)]:
-        print(line)
-    (folder / "table.md").write_text(loss_table(rows, "github") + "\n")
-    try:
-        chart.losses(rows, _title(data), folder / "losses.svg")
-    except ImportError as error:
-        print(f"no chart: {error}")
-    print(f"\nwritten: {folder}")
+        return _run(bench.run, document, lambda: write(document.data, given.output))
 
 
 # --- shared --------------------------------------------------------------------------------
@@ -228,9 +210,7 @@ def _progress() -> Iterator[
 
 
 def _train(words: list[str]) -> int:
-    from memrewrite.bench.quality import main as train
-
-    return train(words)
+    return quality.main(words)
 
 
 def _page(words: list[str]) -> int:

@@ -86,7 +86,7 @@ class Cost:
                     child.ask("start", keep=str(self._reference(name)))
                 except Failed as error:
                     self._reference(name).unlink(missing_ok=True)
-                    self.tell(f"no reference gradients: {error}")
+                    self.document.warn(f"no gradients of {name} to compare with: {error}")
 
     def _reference(self, name: str) -> Path:
         return self.scratch / f"{name}.gradients"

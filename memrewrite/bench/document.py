@@ -53,7 +53,11 @@ class Document:
             _same(self.data["request"], asked, self.path)
             for row in self.data["rows"]:  # what failed is tried again
                 row["runs"] = [run for run in row["runs"] if run["error"] is None]
-        self.data["environment"] = environment(request.get("device", "cpu"))
+        here = environment(request.get("device", "cpu"))
+        if self.data["environment"]:
+            self.data.setdefault("resumed", []).append(here)
+        else:
+            self.data["environment"] = here
         self.save()
 
     def row(self, configuration: Configuration) -> dict[str, Any]:
@@ -78,6 +82,13 @@ class Document:
         place = {c.name: i for i, c in enumerate(configurations)}
         self.data["rows"].sort(key=lambda row: place.get(row["name"], len(place)))
 
+    def warn(self, message: str) -> None:
+        """Something that no row says; told with the table."""
+        known = self.data.setdefault("warnings", [])
+        if message not in known:
+            known.append(message)
+        self.save()
+
     def save(self) -> None:
         """At once or not at all."""
         partial = self.path.with_suffix(".tmp")
@@ -94,6 +105,17 @@ def load(path: Path) -> dict[str, Any]:
     if not (isinstance(data, dict) and {"request", "rows"} <= data.keys()):
         raise ValueError(f"{path} was not written by a bench")
     return data
+
+
+def title(data: Mapping[str, Any]) -> str:
+    """One line: what was measured, and on what."""
+    asked = data["request"]
+    what = "Training" if asked["kind"] == "train" else "A training step of"
+    vocab = f", vocabulary {asked['vocab']}" if asked["vocab"] else ""
+    layers = f", {asked['layers']} layers" if asked["layers"] else ""
+    size = f"{asked['batch']} x {asked['seq']}"
+    where = data["environment"]["card"] or "CPU"
+    return f"{what} {asked['model']}{layers}{vocab}, {size}, {asked['dtype']}, {where}"
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

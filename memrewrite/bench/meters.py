@@ -42,6 +42,9 @@ class Meter(Protocol):
     def peak(self) -> int:
         """The most bytes held at once since `reset`."""
 
+    def reserved(self) -> int:
+        """The most bytes that an allocator of its own took since `reset`; 0 where there is none."""
+
     def wait(self) -> None:
         """Until the device has done all that was asked of it."""
 
@@ -61,6 +64,9 @@ class Resident:
 
     def peak(self) -> int:
         return _status("VmHWM")
+
+    def reserved(self) -> int:
+        return 0
 
     def wait(self) -> None:
         pass
@@ -83,6 +89,9 @@ class Cuda:
     def peak(self) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
+
+    def reserved(self) -> int:
+        return torch.cuda.max_memory_reserved()
 
     def wait(self) -> None:
         torch.cuda.synchronize()
@@ -117,21 +126,18 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-@dataclass
 class Stopwatch:
-    """Seconds of the device's work between two reads."""
+    """Seconds of the device's work between two reads; it runs from the start."""
 
-    meter: Meter
-
-    def __post_init__(self) -> None:
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.begun = meter, 0.0
         self.read()
 
     def read(self) -> float:
         """Seconds since the last read."""
         self.meter.wait()
-        now = time.perf_counter()
-        begun, self._begun = getattr(self, "_begun", now), now
-        return now - begun
+        begun, self.begun = self.begun, time.perf_counter()
+        return self.begun - begun
 
 
 def _status(key: str) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 from tabulate import tabulate
 
 from memrewrite.bench import chart, pareto, quality
-from memrewrite.bench.document import FILE, load
+from memrewrite.bench.configurations import SETS
+from memrewrite.bench.document import FILE, load, title
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import LEGEND, LOSS_LEGEND, anchor, loss_table, table
 
@@ -24,16 +25,7 @@ INTRO = """\
 Written by `python -m memrewrite bench page docs/results` from the JSON files in these folders:
 nothing here is typed by hand but the notes. Every row that was measured is printed, those that we
 lose too. Ratios are to `torch.compile` with fused AdamW, unless a row says otherwise."""
-HEADLINE = (
-    "torch.compile",
-    "torch.compile+checkpointing",
-    "budget-0.5",
-    "memrewrite",
-    "velora-all-16",
-    "velora-all-16+checkpointing",
-    "galore",
-    "velora-all-16+galore",
-)
+HEADLINE = (*SETS["quick"], "galore", "velora-all-16+galore")
 
 
 def write_page(folder: Path) -> Path:
@@ -85,9 +77,9 @@ def _cost(folder: Path, at: Path, data: Data) -> Iterator[str]:
     slug = _slug(folder, at)
     yield from _opening(folder, at, data)
     yield table(rows, "github", slug)
-    yield from _problems(rows)
+    yield from _problems(data, rows)
     yield LEGEND
-    chart.pareto(rows, _title(data), at / "pareto.svg")
+    chart.pareto(rows, title(data), at / "pareto.svg")
     yield f"![memory against time]({_name(folder, at)}/pareto.svg)"
     found = pareto.verdicts(rows)
     if found:
@@ -104,28 +96,18 @@ def _training(folder: Path, at: Path, data: Data) -> Iterator[str]:
     rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
     yield from _opening(folder, at, data)
     yield loss_table(rows, "github", _slug(folder, at))
-    yield from _problems(rows)
+    yield from _problems(data, rows)
     yield LOSS_LEGEND
-    chart.losses(rows, _title(data), at / "losses.svg")
+    chart.losses(rows, title(data), at / "losses.svg")
     yield f"![loss against memory]({_name(folder, at)}/losses.svg)"
 
 
 def _opening(folder: Path, at: Path, data: Data) -> Iterator[str]:
-    yield f'<a id="{_slug(folder, at)}"></a>\n\n## {_title(data)}'
+    yield f'<a id="{_slug(folder, at)}"></a>\n\n## {title(data)}'
     yield f"{_conditions(data)} Raw: [{FILE}]({_name(folder, at)}/{FILE})."
     notes = at / "notes.md"
     if notes.exists():
         yield notes.read_text().strip()
-
-
-def _title(data: Data) -> str:
-    asked = data["request"]
-    what = "Training" if asked["kind"] == "train" else "A training step of"
-    vocab = f", vocabulary {asked['vocab']}" if asked["vocab"] else ""
-    layers = f", {asked['layers']} layers" if asked["layers"] else ""
-    size = f"{asked['batch']} x {asked['seq']}"
-    where = data["environment"]["card"] or "CPU"
-    return f"{what} {asked['model']}{layers}{vocab}, {size}, {asked['dtype']}, {where}"
 
 
 def _conditions(data: Data) -> str:
@@ -140,8 +122,9 @@ def _conditions(data: Data) -> str:
     return f"{repeats} fresh process{'es' if repeats > 1 else ''} a configuration; {told}"
 
 
-def _problems(rows: Sequence[Data]) -> Iterator[str]:
-    told = [line for row in rows for line in problems(dict(row))]
+def _problems(data: Data, rows: Sequence[Data]) -> Iterator[str]:
+    told = [*data.get("warnings", ())]
+    told += [line for row in rows for line in problems(dict(row))]
     if told:
         yield "\n".join(f"- {line}" for line in told)
 

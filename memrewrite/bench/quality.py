@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import memrewrite
+from memrewrite import shapes
 from memrewrite.bench import optimizers
 from memrewrite.bench.configurations import BASELINE, Configuration
 from memrewrite.bench.cost import CACHES, failing
@@ -102,10 +103,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _vocabulary(model: Any) -> int:
-    size = int(model.config.vocab_size)
-    if size not in VOCABULARIES:
-        raise ValueError(f"a vocabulary of {size}: choose --vocab from {VOCABULARIES}")
-    return size
+    return int(model.config.vocab_size)
 
 
 def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
@@ -119,6 +117,22 @@ def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
 
 
 # --- in the parent -------------------------------------------------------------------------
+
+
+def check(asked: Request) -> None:
+    """Raises ValueError for what is not trained on text, before any process is started."""
+    if ":" in asked.model:
+        raise ValueError(
+            f"{asked.model} brings its own inputs, and bench train reads text: give it a "
+            f"config.json or one of {', '.join(shapes.LLAMA)}, gpt2-small"
+        )
+    model: Any = shapes.from_config(asked.model, asked.vocab, asked.layers)
+    size = getattr(model.config, "vocab_size", 0)
+    if size not in VOCABULARIES:
+        raise ValueError(
+            f"{asked.model} has a vocabulary of {size}; bench train needs one from "
+            f"{VOCABULARIES[0]:,} to {VOCABULARIES[-1]:,}: pass --vocab, or a language model"
+        )
 
 
 @dataclass
@@ -173,12 +187,18 @@ class Quality:
                 for seed in range(1, self.settings.seeds):
                     self._one(child, row, best, seed)
         if "memory" not in row:
-            self.tell(f"{name}: memory")
-            environment |= FREE_AT_ONCE
-            with Child(configuration, self.asked, log, environment, self.settings.timeout) as child:
-                with failing(first):
-                    child.ask("start")
-                    row["memory"] = child.ask("memory")
+            self._memory(configuration, row, log, environment | FREE_AT_ONCE)
+
+    def _memory(
+        self, configuration: Configuration, row: dict[str, Any], log: Path, environment: Any
+    ) -> None:
+        self.tell(f"{configuration.name}: memory")
+        row["failure"] = {"error": None}
+        with Child(configuration, self.asked, log, environment, self.settings.timeout) as child:
+            with failing(row["failure"]):
+                child.ask("start")
+                row["memory"] = child.ask("memory")
+        self.document.save()
 
     def _one(self, child: Child, row: dict[str, Any], lr: float, seed: int) -> None:
         if any((run["lr"], run["seed"]) == (lr, seed) for run in row["runs"]):

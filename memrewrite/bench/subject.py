@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +71,15 @@ class Subject:
         return loss
 
 
-def prepare(configuration: Configuration, asked: Request, seed: int = SEED) -> Subject:
+def prepare(configuration: Configuration, asked: Request) -> Subject:
     """The model of that configuration, ready for its first step."""
     set_torch(configuration.functorch, configuration.inductor)
-    model, args, kwargs = asked.build(seed)
+    model, args, kwargs = asked.build()
     if configuration.lora:
         model = _with_lora(model, configuration.peft_velora).to(asked.device)
     model.train()
     if configuration.frozen is not None:
-        for parameter in compressed(model, configuration.frozen, None):
+        for parameter in compressed(model, configuration.frozen):
             parameter.requires_grad_(False)
     if configuration.checkpointing:
         _checkpoint(model)
@@ -88,12 +87,11 @@ def prepare(configuration: Configuration, asked: Request, seed: int = SEED) -> S
     return Subject(model, args, kwargs)
 
 
-def compressed(model: nn.Module, sites: str, size: int | None) -> list[nn.Parameter]:
+def compressed(model: nn.Module, sites: str) -> list[nn.Parameter]:
     """The weights that VeLoRA at these sites compresses."""
-    options = None if size is None else memrewrite.VeLoRA(size, "all")
     found = candidates(model)
     names = select(found, "auto" if sites == "auto" else "all")
-    chosen = [c for c in found if c.name in names and why_not(c, options) is None]
+    chosen = [c for c in found if c.name in names and why_not(c, None) is None]
     return list({id(c.parameter): c.parameter for c in chosen}.values())
 
 
@@ -144,8 +142,3 @@ def _with_lora(model: Any, size: int | None) -> Any:
             config.velora_config = VeloraConfig(groups, init_type="batch_average_once")
             VeloraLinearVariant.init(module, "default", config)
     return adapted
-
-
-def settings(asked: Request) -> Mapping[str, Any]:
-    """The request as plain data."""
-    return dict(vars(asked))

@@ -8,7 +8,6 @@ from statistics import median, quantiles
 from typing import Any
 
 Row = dict[str, Any]
-TIMES = ("first_step_s",)
 
 
 def summarise(rows: Iterable[Row]) -> None:
@@ -70,8 +69,8 @@ def problems(row: Row) -> list[str]:
     if row["skipped"]:
         return [f"{row['name']}: skipped: {row['skipped']}"]
     told = []
-    for run in row["runs"]:
-        if error := run["error"]:
+    for run in (*row["runs"], row.get("failure", {})):
+        if error := run.get("error"):
             what = "out of memory" if error["out_of_memory"] else error["type"]
             first = error["message"].strip().splitlines()[:1]
             told.append(f"{row['name']}: {what} at {error['stage']}: {''.join(first)[:300]}")

@@ -107,22 +107,30 @@ class Worker:
                 self.step()
             idle = self.meter.settle()
         marks: dict[str, int] = {}
+        reserved = 0
+
+        def mark(phase: str) -> None:
+            nonlocal reserved
+            marks[phase] = self.meter.peak()
+            reserved = max(reserved, self.meter.reserved())
+
         with self.at("memory: forward"):
             loss = self.subject.loss()
-            marks["forward"] = self.meter.peak()
+            mark("forward")
         with self.at("memory: backward"):
             self.meter.reset()
             loss.backward()  # type: ignore[no-untyped-call]
-            marks["backward"] = self.meter.peak()
+            mark("backward")
             gradients = meters.unique_bytes(self._gradients())
             del loss
         with self.at("memory: optimizer step"):
             self.meter.reset()
             self.update(drop=False)
-            marks["step"] = self.meter.peak()
+            mark("step")
             self.optimizer.zero_grad()
         if self.configuration.projected:
-            marks["refresh"] = self._refresh()
+            self._until_refresh()
+            mark("refresh")
         with self.at("memory: saved tensors"):
             saved = saved_bytes(self.subject)
         model = self.subject.model
@@ -132,18 +140,15 @@ class Worker:
         found |= {"peak": max(found.values()), "above_idle": max(marks.values()) - idle}
         found |= {"idle": idle, "process_peak": max(marks.values())}
         found |= {"weights": weights, "state": state, "gradients": gradients, "saved": saved}
-        if self.asked.device.startswith("cuda"):
-            found["reserved"] = torch.cuda.max_memory_reserved()
-        return found
+        return found | ({"reserved": reserved} if reserved else {})
 
-    def _refresh(self) -> int:
+    def _until_refresh(self) -> None:
         while not self._due():
             self.step()
         with self.at("memory: refresh"):
             self.subject.loss().backward()  # type: ignore[no-untyped-call]
             self.meter.settle()
             self.update()
-            return self.meter.peak()
 
     def predict(self) -> dict[str, Any]:
         """The estimate of the same; of torch.compile and memrewrite with no settings of torch."""
