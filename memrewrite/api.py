@@ -12,17 +12,18 @@ from torch.optim import Optimizer
 
 from memrewrite import autodump, optimizer
 from memrewrite.backend import Engine
-from memrewrite.errors import UnsupportedError
+from memrewrite.errors import UnsupportedError, warn
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select, why_not
-from memrewrite.state import Session, _sessions, live_sessions, session_of, warn
+from memrewrite.state import Session, _sessions, live_sessions, session_of
 from memrewrite.watch import unwatch, watch
 from passes.base import Pass
 from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
 from passes.port import return_coordinates
+from passes.push import push_projections, return_projections
 from passes.velora import compress_saved_inputs
 
 M = TypeVar("M", bound=nn.Module | Optimizer)
@@ -33,14 +34,16 @@ BACKENDS = ("inductor", "aot_eager")
 
 def passes_for(plan: Plan) -> list[Pass]:
     """The order of the passes: this list is the only place that knows it."""
-    if not plan.vectors:
-        return []
-    return [
-        compress_saved_inputs(dict(plan.vectors), frozenset(plan.weights), plan.scale),
-        fold_reconstruction(),
-        *([return_coordinates(dict(plan.ports))] if plan.ports else []),
-        lower_ir_ops(),
-    ]
+    found: list[Pass] = []
+    if plan.vectors:
+        weights = frozenset(plan.weights)
+        found.append(compress_saved_inputs(dict(plan.vectors), weights, plan.scale))
+        found.append(fold_reconstruction())
+    if plan.ports:
+        found.append(return_coordinates(dict(plan.ports)))
+    if plan.projections:
+        found += [return_projections(plan.projections), push_projections()]
+    return [*found, lower_ir_ops()] if found else []
 
 
 def compile(

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memrewrite.errors import warn
 from memrewrite.factored import FactoredKind
-from memrewrite.state import Session, warn
+from memrewrite.state import Session
 from memrewrite.target import Target
 from memrewrite.update import Kind, Update, hyperparameters
 

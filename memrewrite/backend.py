@@ -34,12 +34,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from memrewrite.annotate import annotate
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.partition import Compile, Halves, divide, rewrite
-from memrewrite.plan import PassesFor, Plan, Weight, source_hash
+from memrewrite.plan import PassesFor, Plan, source_hash
 from memrewrite.ports import attach_ports
 from memrewrite.record import GraphRecord
 from passes.base import copy_graph
@@ -201,39 +201,25 @@ def _compile_eager(
 def capture(
     gm: GraphModule,
     inputs: Sequence[Any],
-    selected: Sequence[Weight],
-    parameters: Sequence[int],
-    buffers: Sequence[int],
-    scale: float,
+    plan: Plan,
+    extra: Sequence[tuple[str, Tensor]],
     passes_for: PassesFor,
     engine: Engine,
 ) -> tuple[Callable[..., Any], GraphRecord]:
-    """Compile a copy of Dynamo's graph that takes, at the end, each selected weight's v, and ports.
-
-    The ports follow the vectors.
-    """
-    end = len(inputs) + len(selected)
-    ported = [w for w in selected if w.port is not None]
-    plan = Plan(
-        weights=tuple(parameters),
-        buffers=tuple(buffers),
-        vectors=tuple((w.position, len(inputs) + i) for i, w in enumerate(selected)),
-        scale=scale,
-        ports=tuple((w.position, end + i) for i, w in enumerate(ported)),
-    )
+    """Compile a copy of Dynamo's graph that takes `extra` (name, example) behind its own."""
 
     def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
         copied = copy_module(gm)
-        extra = [_add_vector(copied, weight) for weight in selected]
-        extra += [_add_port(copied, inputs[w.position], w) for w in ported]
-        places = copied.graph.find_nodes(op="placeholder")
-        if ported:
-            attach_ports(copied, places[end:])
+        examples = [_append(copied, name, value) for name, value in extra]
+        added = zip(_places(copied)[len(inputs) :], examples, strict=True)
+        ports = [node for node, example in added if example.requires_grad]
+        if ports:
+            attach_ports(copied, ports)
         copied.recompile()
         with _compiling() as state:
-            return engine.compile(copied, [*inputs, *extra], plan, passes_for), state.record
+            return engine.compile(copied, [*inputs, *examples], plan, passes_for), state.record
 
-    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, engine)}.json"
+    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, extra, engine)}.json"
     compiled, record = compile_copy()
     record = record or GraphRecord.load(path)
     if record is None:
@@ -255,22 +241,15 @@ def copy_module(gm: GraphModule) -> GraphModule:
     return copied
 
 
-def _add_vector(gm: GraphModule, weight: Weight) -> Tensor:
-    v = torch.empty(weight.size, dtype=weight.dtype, device=weight.device)
-    return _append(gm, f"memrewrite_v_{weight.position}", v)
-
-
-def _add_port(gm: GraphModule, like: Tensor, weight: Weight) -> Tensor:
-    assert weight.port is not None
-    port = torch.zeros(weight.port, dtype=like.dtype, device=weight.device, requires_grad=True)
-    return _append(gm, f"memrewrite_port_{weight.position}", port)
+def _places(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
     """One more input behind the others; returns its example."""
-    places = gm.graph.find_nodes(op="placeholder")
+    places = _places(gm)
     if torch._guards.TracingContext.try_get() is not None:  # called by Dynamo
-        examples = (node.meta.get("example_value") for node in places)
+        examples: Any = (node.meta.get("example_value") for node in places)
         fake_mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
         value = fake_mode.from_tensor(value, static_shapes=True)
     with gm.graph.inserting_after(places[-1]):
@@ -280,7 +259,13 @@ def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _key(gm: GraphModule, inputs: Sequence[Any], plan: Plan, engine: Engine) -> str:
+def _key(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    extra: Sequence[tuple[str, Tensor]],
+    engine: Engine,
+) -> str:
     """Of everything that decides a record, so that a warm cache finds its own."""
     described = [
         (str(i.shape), str(i.dtype), str(i.stride()), i.device.type, i.requires_grad)
@@ -292,6 +277,7 @@ def _key(gm: GraphModule, inputs: Sequence[Any], plan: Plan, engine: Engine) -> 
         gm.code,
         described,
         plan,
+        [(name, str(value.shape), str(value.dtype)) for name, value in extra],
         source_hash(),
         engine.backend,
         sorted((k, str(v)) for k, v in engine.config.items()),

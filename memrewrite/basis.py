@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passes.ops import reconstruct
+from passes.ops import project_back, reconstruct
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +16,13 @@ class Vector:
     """The basis I (x) v: dense = (A (x) v)[:, :D] with A (O, G), v (M,) of length one."""
 
     v: Tensor
+
+    def __str__(self) -> str:
+        return f"v={tuple(self.v.shape)}"
+
+    def small(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The shape of A, for a gradient of `shape`."""
+        return shape[0], -(-shape[1] // len(self.v))
 
     def dense(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
         return reconstruct(coordinates, self.v, shape[1])
@@ -30,9 +37,57 @@ class Vector:
         return coordinates * weights
 
     def same(self, other: object) -> bool:
-        return isinstance(other, Vector) and (
-            self.v is other.v or (self.v.shape == other.v.shape and torch.equal(self.v, other.v))
-        )
+        return isinstance(other, Vector) and equal(self.v, other.v)
 
     def to(self, device: torch.device) -> Vector:
         return self if self.v.device == device else Vector(self.v.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """The basis P of orthonormal columns: dense = P R with R (r, D), P (O, r), if left;
+
+    else dense = R P^T with R (O, r), P (D, r).
+    """
+
+    p: Tensor
+    left: bool
+
+    def __str__(self) -> str:
+        return f"p={tuple(self.p.shape)}"
+
+    def small(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The shape of R, for a gradient of `shape`."""
+        rank = self.p.shape[1]
+        return (rank, shape[1]) if self.left else (shape[0], rank)
+
+    def dense(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
+        return project_back(coordinates, self.p.to(coordinates.dtype), self.left)
+
+    def isometric(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
+        """They are."""
+        return coordinates
+
+    def same(self, other: object) -> bool:
+        return isinstance(other, Projector) and self.left == other.left and equal(self.p, other.p)
+
+    def to(self, device: torch.device) -> Projector:
+        return self if self.p.device == device else Projector(self.p.to(device), self.left)
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch(Projector):
+    """The other side's basis, for a step that a new P is made from: see `memrewrite.sketch`.
+
+    warm: its first columns that were chosen; the others are random.
+    """
+
+    warm: int = 0
+
+
+Basis = Vector | Projector
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Compared only where they are two tensors: neither v nor P is written in place."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other))

@@ -13,8 +13,9 @@ import memrewrite
 from memrewrite import autodump, shapes
 from memrewrite.dump import dump_session
 from memrewrite.errors import UnsupportedError
-from memrewrite.estimate import Estimate, by_depth, estimate, trace
+from memrewrite.estimate import Estimate, by_depth, estimate
 from memrewrite.report import report_of
+from memrewrite.trace import trace
 
 DEPTHS = (8, 12, 16)
 DEEP = 24  # a stack that is deeper is estimated from lower ones

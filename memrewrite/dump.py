@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from memrewrite.captured import Variant
 from memrewrite.listing import changed, described, difference
 from memrewrite.optimizer import updates_of
 from memrewrite.page import page
 from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report_of
-from memrewrite.state import Session, Variant, session_of
+from memrewrite.state import Session, session_of
 
 MARK = "dump.json"
 HALVES = ("forward", "backward", "scalars", "body", "writes")  # what no pass made

@@ -14,27 +14,23 @@ Code, the interpreter and what a library keeps for itself are not in these figur
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import sympy
-import torch
 from tabulate import tabulate
 from torch import nn
 from torch.optim import Optimizer
 
-from memrewrite.api import call_of, passes_for
-from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
-from memrewrite.fake import fake_mode, without_memory
 from memrewrite.formulas import Bytes, largest, read, symbols_of
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_state import Kept, state_of
 from memrewrite.record import GraphRecord, MemoryRecord
-from memrewrite.state import Session, known_session
+from memrewrite.state import known_session
+from memrewrite.trace import factored_gradients, projected_gradients, trace
 
 MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 
@@ -201,12 +197,18 @@ def estimate(
             "runs under torch.no_grad()"
         )
     symbols = symbols_of(records)
-    small = _small(traced, fake)
-    by_id = {id(p): small[n] for n, p in model.named_parameters() if n in small}
-    plain, rewritten = state_of(model, optimizer, galore, by_id)
+    small, pushed = factored_gradients(traced, fake), projected_gradients(traced, fake)
+    named = dict(model.named_parameters())
+    by_id = {id(named[name]): size for name, size in small.items()}
+    ids = [id(named[name]) for name in pushed]
+    plain, rewritten = state_of(model, optimizer, galore, by_id, ids)
+    gradients = {name: size for name, (size, _) in small.items()} | pushed
+    program = _program(fake, records, "after", rewritten, symbols, gradients)
+    if pushed:
+        program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
     return Estimate(
         _program(fake, records, "before", plain, symbols),
-        _program(fake, records, "after", rewritten, symbols, small),
+        program,
         {str(symbol): meaning for symbol, meaning in symbols.values()},
         dominates(records),
     )
@@ -242,47 +244,20 @@ def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
     )
 
 
-def trace(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: bool
-) -> tuple[Session, nn.Module]:
-    """Capture, rewrite and split a model without memory: its session, and the copy it is of.
-
-    The options are those that the model was compiled with, none where it was not.
-    """
-    known = known_session(model)
-    velora = known.velora if known else None
-    if velora is not None:
-        velora = replace(velora, init="ones")  # the same bytes, and no calibration
-    mode = fake_mode(dynamic)
-    fake, inputs, keywords = without_memory(mode, model, args, kwargs)
-    engine = Engine("trace", None, None, dynamic)
-    galore = known.galore if known else None
-    session = Session(weakref.ref(fake), velora, engine, passes_for, {}, galore)
-    try:
-        with mode, torch.enable_grad():
-            compiled: Any = torch.compile(call_of(fake), backend=session, dynamic=dynamic)
-            compiled(*inputs, **keywords)
-    except Exception as error:
-        raise UnsupportedError(f"{type(model).__name__} could not be captured: {error}") from error
-    return session, fake
-
-
 # --- adding up -----------------------------------------------------------------------------
 
 
-def _small(session: Session, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Bytes of the gradients that come as coordinates, and of their v, by the weight's name."""
-    if session.velora is None:
-        return {}
-    names = {id(p): name for name, p in model.named_parameters()}
-    size = session.velora.subtoken_size
-    return {
-        names[id(p)]: (
-            p.shape[0] * -(-p.shape[1] // size) * p.element_size(),
-            size * max(4, p.element_size()),
-        )
-        for p in session.ported()
-    }
+def _with_sketches(
+    program: Program, model: nn.Module, args: Any, kwargs: Any, dynamic: bool, kept: Kept
+) -> Program:
+    """The same with the peak of the steps whose gradients are sketched for a new projector."""
+    traced, fake = trace(model, args, kwargs, dynamic, settled=False)
+    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [record for record in records if not record.inference]
+    peaks = _program(fake, records, "after", kept, symbols_of(records))
+    found = [peaks.forward_peak, peaks.backward_peak]
+    found += [] if program.refresh_peak is None else [program.refresh_peak]
+    return replace(program, refresh_peak=largest(found))
 
 
 def _program(
@@ -291,14 +266,14 @@ def _program(
     when: str,
     kept: Kept,
     symbols: dict[str, Any],
-    small: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    small: Mapping[str, int] = MappingProxyType({}),
 ) -> Program:
     """Graphs run one after the other forward, and in reverse order backward."""
     saved = [read(getattr(r, f"formula_{when}"), symbols) for r in records]
     memory = [_memory(r, when) for r in records]
     gradients = [m.gradients for m in memory]
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    total = sum(small[name][0] if name in small else p.nbytes for name, p in trained)
+    total = sum(small.get(name, p.nbytes) for name, p in trained)
     parameters = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     always = parameters + buffers + kept.state

@@ -20,6 +20,7 @@ from torch.fx import Graph
 
 from memrewrite import pipeline
 from memrewrite.backend import Engine, compile_update
+from memrewrite.basis import Vector
 from memrewrite.listing import listing
 from memrewrite.projected import ProjectedGrad
 from memrewrite.update import Update, add_input, capture
@@ -87,6 +88,8 @@ def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, An
     gradient = parameter.grad
     if not isinstance(gradient, ProjectedGrad) or gradient.is_dense:
         return "its gradient is dense"
+    if not isinstance(gradient.basis, Vector):
+        return "its gradient is a projection"
     if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
         return "an L2 decay is no multiple of v: use AdamW, or weight_decay=0"
     if group["differentiable"]:
@@ -101,7 +104,7 @@ def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) ->
     assert gradient.coordinates is not None
     device = kind.device if capturable else torch.device("cpu")
     zeros = {name: torch.zeros_like(gradient.coordinates) for name in moments(kind)}
-    v = gradient.basis.v.detach().clone()
+    v = _vector(gradient).detach().clone()
     return {"step": torch.zeros((), device=device), **zeros, VECTOR: v}
 
 
@@ -118,7 +121,12 @@ def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -
     weight = parameter.detach()
     if kind.dynamic:
         weight, small = _rows(weight, kind.size), [_rows(t, 1) for t in small]
-    return [weight, *small, gradient.basis.v]
+    return [weight, *small, _vector(gradient)]
+
+
+def _vector(gradient: ProjectedGrad) -> Tensor:
+    assert isinstance(gradient.basis, Vector)  # `obstacle` has seen to it
+    return gradient.basis.v
 
 
 def _rows(tensor: Tensor, columns: int) -> Tensor:

@@ -12,8 +12,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memrewrite.captured import Binding, running
 from memrewrite.record import KeptRecord
-from memrewrite.state import Binding, running, session_of
+from memrewrite.state import session_of
 
 Kind = Literal["exact", "compressed", "parameter", "buffer", "input", "vector", "outside"]
 

@@ -25,9 +25,10 @@ from torch.optim import Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
-from memrewrite.errors import UnsupportedError
+from memrewrite.errors import UnsupportedError, warn
 from memrewrite.projected import ProjectedGrad
 from memrewrite.projection import Selection, sites_of
+from memrewrite.pushed import announce, given, is_small, receive
 from memrewrite.small_gradients import (
     spread_orphans,
     takes,
@@ -35,7 +36,7 @@ from memrewrite.small_gradients import (
     warn_of_dense,
     warn_of_full_gradients,
 )
-from memrewrite.state import Session, live_sessions, warn
+from memrewrite.state import Session, live_sessions
 from memrewrite.target import Target, check_state, check_target, refresh_if_due
 from memrewrite.update import Update, build
 
@@ -83,7 +84,8 @@ def updates_of(session: Session) -> list[Update]:
     kinds: set[Any] = set()
     for _, attachment in attachments(session):
         targets = [t for t in attachment.targets.values() if t.session is session]
-        kinds |= {target.known for target in targets}
+        known = {target.known for target in targets if target.known is not None}
+        kinds |= known | {given(kind) for kind in known}
         kinds |= {k for i, k in attachment.factored.items() if attachment.ported[i] is session}
     backend = session.engine.backend
     return [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
@@ -255,9 +257,7 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
                 update_factored(factored, session, parameter, group, optimizer, shared)
                 continue
             assert target is not None
-            if isinstance(grad, ProjectedGrad):
-                grad = grad.to_dense()
-            failure = _update_one(target, group, grad, optimizer.state[parameter], shared)
+            failure = _update_one(target, group, grad, optimizer, attachment, shared)
             if failure is not None:
                 attachment.warn_once("refresh", _refresh_failed(target, failure))
     if len(compiled) > built:
@@ -270,16 +270,26 @@ def _update_one(
     target: Target,
     group: dict[str, Any],
     grad: Tensor,
-    state: dict[str, Any],
+    optimizer: Optimizer,
+    attachment: Attachment,
     shared: dict[Any, tuple[Any, ...]],
 ) -> str | None:
-    kind = target.kind(group)
-    failure = refresh_if_due(target, kind, state, grad, group)
-    update = update_of(kind, target.session, build)
-    tensors = [target.parameter.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    kind, state = target.kind(group), optimizer.state[target.parameter]
+    r, failure = None, None
+    if is_small(grad):
+        small: Any = grad
+        r, failure = receive(target, kind, state, small, group, attachment)
+    if r is None:
+        grad = grad.to_dense() if isinstance(grad, ProjectedGrad) else grad.detach()
+        failure = refresh_if_due(target, kind, state, grad, group)
+    update = update_of(kind if r is None else given(kind), target.session, build)
+    tensors = [target.parameter.detach(), grad if r is None else r.contiguous()]
+    tensors += [state["exp_avg"], state["exp_avg_sq"]]
     tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
     numbers = numbers_of(update, state["step"], group, shared)
     update.apply([*tensors, state["projector"]], numbers)
+    if target.pushed:
+        announce(target, kind, state, r)
     return failure
 
 

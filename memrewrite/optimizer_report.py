@@ -25,7 +25,8 @@ class OptimizerRow:
     """One trained parameter. Bytes are of exp_avg, exp_avg_sq (and its maximum), and P or v.
 
     projected: GaLore, an approximate update. factored: VeLoRA's small gradient, from which
-    the update is that of stock Adam on the full one, exactly.
+    the update is that of stock Adam on the full one, exactly. gradient_after is what a gradient
+    takes that comes in coordinates, of a projected weight between refreshes.
     """
 
     name: str
@@ -50,10 +51,10 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
         return (), ""
     selection = sites_of(model, session.galore) if session.galore else Selection([], [])
     sites = [s for s in selection.projected if id(s.candidate.parameter) not in small]
-    served = _served(session)
+    served, pushed = _served(session), {id(p) for p in session.pushed()}
     rows = (
         *(_factored(model, p, session, served) for p in small.values()),
-        *(_projected(site, served) for site in sites),
+        *(_projected(site, served, pushed) for site in sites),
         *_plain(model, sites, selection, served, small),
     )
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
@@ -126,10 +127,12 @@ def _factored(
     )
 
 
-def _projected(site: Site, served: dict[int, _Served]) -> OptimizerRow:
+def _projected(site: Site, served: dict[int, _Served], pushed: set[int]) -> OptimizerRow:
     parameter, shape = site.candidate.parameter, site.candidate.shape
     mine = served.get(id(parameter), NOBODY)
     predicted = projected_numbers(shape, site.rank, site.left, mine.moments)
+    small = parameter.numel() // shape[0 if site.left else 1] * site.rank
+    held = small * parameter.element_size() if id(parameter) in pushed else parameter.nbytes
     return OptimizerRow(
         site.candidate.name,
         shape,
@@ -143,7 +146,7 @@ def _projected(site: Site, served: dict[int, _Served]) -> OptimizerRow:
         mine.target.energy if mine.target else None,
         mine.target.failures if mine.target else 0,
         parameter.nbytes,
-        parameter.nbytes,
+        held,
     )
 
 

@@ -7,7 +7,7 @@ gradient comes as coordinates moments of these alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -46,11 +46,13 @@ def state_of(
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     galore: GaLore | None,
     small: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    pushed: Collection[int] = (),
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.
 
     small: by id of a parameter, the bytes of its gradient where that comes as coordinates, and
         those of its v, which the state holds as well.
+    pushed: ids of parameters whose gradient comes in the projector's coordinates.
     Raises UnsupportedError for an optimizer whose state is not known here.
     """
     if optimizer is None:
@@ -81,8 +83,12 @@ def state_of(
     rest = [p for p in trained if id(p) not in taken]
     state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
     state += sum(moments * small[id(p)][0] + small[id(p)][1] for p in factored)
-    step = max([_temporaries(rest, group), *(_update(s) for s in sites)])
-    refresh = None if galore is None else max((_refresh(s, galore) for s in sites), default=None)
+    given = [s for s in sites if id(s.candidate.parameter) in pushed]
+    others = [s for s in sites if id(s.candidate.parameter) not in pushed]
+    updates = [*map(_update, others), *(_update(s) // 2 for s in given)]  # of those, R is there
+    step = max([_temporaries(rest, group), *updates])
+    refreshes = [*(_refresh(s, galore) for s in others if galore), *map(_sketched, given)]
+    refresh = None if galore is None else max(refreshes, default=None)
     return plain, Kept(state, step, refresh)
 
 
@@ -121,6 +127,14 @@ def _refresh(site: Site, galore: GaLore) -> int:
         k = min(site.rank + OVERSAMPLING, side, other)
         factors = 2 * k * (side + other)
     return max(4, size) * (copies * side * other + factors)
+
+
+def _sketched(site: Site) -> int:
+    """The sketch, normalised, its factors, and R: (side, k) three times and (r, other)."""
+    side, other = _sides(site)
+    k = min(site.rank + OVERSAMPLING, other)
+    size = site.candidate.parameter.element_size()
+    return max(4, size) * (3 * side * k + site.rank * other)
 
 
 def _sides(site: Site) -> tuple[int, int]:

@@ -93,6 +93,12 @@ class GaLore:
         or a callable (name, module) -> bool.
     stagger: spread the refreshes of different weights over `update_every` steps, so that
         no step carries them all. The first step always does.
+    gradients: "dense": the full gradient is formed and projected by the optimizer.
+        "coordinates": backward returns the gradient of a linear layer's weight in the
+        projector's coordinates, (r, D) or (O, r) (`weight.grad` is a ProjectedGrad), and the
+        full one is never formed; a refresh reads a sketch of r + 16 columns of it, which
+        finds a slightly different projector (see `memrewrite.sketch`). What P does not hold
+        of a gradient is then seen by nobody: `clip_grad_norm_` clips the projected one.
 
     Raises TypeError or ValueError for values outside these ranges.
     """
@@ -105,6 +111,7 @@ class GaLore:
     moments: Literal["keep", "rotate"] = "keep"
     sites: Sites = "auto"
     stagger: bool = False
+    gradients: Literal["dense", "coordinates"] = "dense"
 
     def __post_init__(self) -> None:
         _check_int("rank", self.rank, at_least=1)
@@ -117,6 +124,12 @@ class GaLore:
                 )
         if not isinstance(self.stagger, bool):
             raise TypeError(f"stagger={self.stagger!r} is not True or False")
+        if self.gradients == "coordinates" and (self.stagger or self.refresh == "svd"):
+            wrong = "stagger=True" if self.stagger else "refresh='svd'"
+            raise UnsupportedError(
+                f"{wrong} spreads or decomposes full gradients, which gradients='coordinates' "
+                "does not form; choose gradients='dense', or leave it out"
+            )
         object.__setattr__(self, "sites", _checked_sites(self.sites))
 
 
@@ -124,6 +137,7 @@ CHOICES = {
     "side": ("short", "long", "left", "right"),
     "refresh": ("randomized", "svd"),
     "moments": ("keep", "rotate"),
+    "gradients": ("dense", "coordinates"),
 }
 
 

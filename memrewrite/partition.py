@@ -81,7 +81,8 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
 
         record.passes = [step.to_json() for step in pipeline.run(gm, todo, after)]
         state.freed = freed
-        record.ported = _ported(gm.graph, plan)
+        record.ported = _absent(gm.graph, [weight for weight, _ in plan.ports])
+        record.projected = _absent(gm.graph, [one.weight for one in plan.projections])
     except Exception as error:
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"
@@ -138,7 +139,7 @@ def _keep_sums(forward: GraphModule, backward: GraphModule, outputs: int) -> Non
 def _pinned_where_it_pays(gm: GraphModule, plan: Plan, outputs: int, cut: Cut) -> Halves:
     joint = copy_graph(gm.graph)
     first = cut(gm, outputs)
-    zs = [n for n in first[1].graph.nodes if "velora_z" in n.meta and n.op == "call_function"]
+    zs = [n for n in first[1].graph.nodes if n.op == "call_function" and _is_small(n)]
     pins = {z.name for z in zs if _worth_pinning(first[1].graph, z, plan.free)}
     if not pins:
         return first
@@ -180,6 +181,11 @@ def _is_costly(node: Node) -> bool:
 
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_small(node: Node) -> bool:
+    """A compressed or projected activation, which may be kept in its place."""
+    return "velora_z" in node.meta or "galore" in node.meta
 
 
 def _worth_pinning(backward: Graph, z: Node, free: Collection[int]) -> bool:
@@ -230,12 +236,12 @@ def _freed(gradients: Sequence[WeightGradient], vectors: dict[int, int], graph: 
     )
 
 
-def _ported(graph: Graph, plan: Plan) -> list[int]:
-    """The weights whose gradient is returned as coordinates."""
+def _absent(graph: Graph, weights: list[int]) -> list[int]:
+    """Those whose gradient is returned as coordinates, and not as their own."""
     output = graph.output_node()
     returned: Any = output.args[0]
     absent = {w for w, n in zip(output.meta["gradient_of"], returned, strict=True) if n is None}
-    return [weight for weight, _ in plan.ports if weight in absent]
+    return [weight for weight in weights if weight in absent]
 
 
 def _symbols(graph: Graph) -> dict[str, str]:
@@ -280,8 +286,11 @@ def _settle(
         z = next((zs[n] for n in names if n in zs), None)
         entry.before = hint(tensor_bytes(was)) if was else 0
         entry.z_bytes = hint(tensor_bytes(z)) if z else 0
-        entry.after = entry.z_bytes + (hint(tensor_bytes(x)) if x else 0)
-        entry.fate = "kept alive" if x else "z saved" if z else "rebuilt"
+        ps = [p for p in after.storages if p.meta.get("galore") in names]
+        entry.p_bytes = sum(hint(tensor_bytes(p)) for p in ps)
+        entry.after = entry.z_bytes + entry.p_bytes + (hint(tensor_bytes(x)) if x else 0)
+        small = "z saved" if z else "x P saved" if ps else "rebuilt"
+        entry.fate = "kept alive" if x else small
         entry.kept_by = _reader_names(backward, after.handed[x], served) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
     record.formula_before = str(settled(before.bytes, record.symbols))
@@ -314,7 +323,7 @@ def _kept(forward: Graph, backward: Graph, outputs: int, plan: Plan) -> list[Kep
             dtype=str(node.meta["val"].dtype),
             bytes=hint(tensor_bytes(memory_of(node))) if first[memory_of(node)] is node else 0,
             lives_anyway=memory_of(node).meta.get("argument") in plan.free,
-            compressed="velora_z" in storage_of(node).meta,
+            compressed=_is_small(storage_of(node)),
             used_by=list(dict.fromkeys(map(_read_as, readers(backward, [node])))),
         )
         for node in tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 import passes
 from passes.base import Pass
+from passes.push import Projected
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Plan:
     vectors: tuple[tuple[int, int], ...]  # selected weight -> its v
     scale: float
     ports: tuple[tuple[int, int], ...] = ()  # selected weight -> its port
+    projections: tuple[Projected, ...] = ()
 
     @property
     def free(self) -> frozenset[int]:
         """Arguments that live anyway: keeping them for backward costs nothing."""
-        return frozenset({*self.weights, *self.buffers, *(v for _, v in self.vectors)})
+        bases = {v for _, v in self.vectors} | {one.projector for one in self.projections}
+        return frozenset({*self.weights, *self.buffers, *bases})
 
 
 PassesFor = Callable[[Plan], list[Pass]]
@@ -42,6 +45,43 @@ class Weight:
     dtype: torch.dtype  # of v
     device: torch.device
     port: tuple[int, int] | None = None  # the shape of its small gradient, where it has a port
+
+
+@dataclass(frozen=True)
+class ProjectedWeight:
+    """A weight whose gradient is returned in the coordinates of a projector."""
+
+    position: int
+    basis: tuple[int, int]  # the shape of P
+    left: bool
+    port: tuple[int, int]  # the shape of R
+    dtype: torch.dtype  # of both
+    device: torch.device
+
+
+def make_plan(
+    arguments: int,
+    selected: Sequence[Weight],
+    projected: Sequence[ProjectedWeight],
+    parameters: Sequence[int],
+    buffers: Sequence[int],
+    scale: float,
+) -> Plan:
+    """The plan of a graph that takes, behind its arguments, v, ports, P, and ports of those."""
+    ported = [w for w in selected if w.port is not None]
+    at = arguments + len(selected)
+    bases = at + len(ported)
+    ends = bases + len(projected)
+    return Plan(
+        weights=tuple(parameters),
+        buffers=tuple(buffers),
+        vectors=tuple((w.position, arguments + i) for i, w in enumerate(selected)),
+        scale=scale,
+        ports=tuple((w.position, at + i) for i, w in enumerate(ported)),
+        projections=tuple(
+            Projected(w.position, ends + i, bases + i, w.left) for i, w in enumerate(projected)
+        ),
+    )
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Ports: how the small gradient of a weight comes out of a compiled backward.
 
-A port is an input of zeros, (O, G), that the compiled graph hands its small gradient A to.
-`Port` makes it from the weight, outside the graph, and turns A into the weight's gradient
-on the way back: a ProjectedGrad, accumulated by autograd as any other. So hooks on the
-weight fire, `torch.autograd.grad` returns it, and a weight that is not reached gets none.
+A port is an input of zeros that the compiled graph hands its small gradient to: A (O, G) of
+VeLoRA, R (r, D) or (O, r) of GaLore. `Port` makes it from the weight, outside the graph, and
+turns A or R into the weight's gradient on the way back: a ProjectedGrad, accumulated by
+autograd as any other. So hooks on the weight fire, `torch.autograd.grad` returns it, and a
+weight that is not reached gets none.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from memrewrite.basis import Vector
+from memrewrite.basis import Basis
 from memrewrite.errors import UnsupportedError
+from memrewrite.plan import ProjectedWeight, Weight
 from memrewrite.projected import ProjectedGrad
 from passes.ops import port_attach
 
@@ -24,13 +26,16 @@ _zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 class Port(torch.autograd.Function):
-    """(weight (O, D), v (M,), name) -> zeros (O, G); backward makes the ProjectedGrad."""
+    """(weight (O, D), its basis, name) -> zeros, of the shape of the coordinates.
+
+    Backward makes the ProjectedGrad.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, v: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, basis: Basis, name: str) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.basis, ctx.shape, ctx.name = Vector(v), weight.shape, name
-        return zeros(weight, weight.shape[0], -(-weight.shape[1] // v.shape[0]))
+        ctx.basis, ctx.shape, ctx.name = basis, weight.shape, name
+        return zeros(weight, *basis.small(weight.shape))
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None) -> Any:
@@ -39,8 +44,8 @@ class Port(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 f"the gradient of {ctx.name} {tuple(ctx.shape)} is to be differentiated "
-                "(create_graph=True), which a compressed one cannot be; leave the weight out of "
-                "velora's sites"
+                "(create_graph=True), which one that comes in coordinates cannot be; pass "
+                "gradients='dense' to memrewrite.VeLoRA or GaLore, or leave the weight out of sites"
             )
         return ProjectedGrad(a, ctx.basis, ctx.shape), None, None
 
@@ -54,6 +59,29 @@ def zeros(like: Tensor, rows: int, columns: int) -> Tensor:
     if known is None or known.numel() < rows * columns:
         known = _zeros[key] = torch.zeros(rows * columns, device=like.device, dtype=like.dtype)
     return known[: rows * columns].view(rows, columns)
+
+
+def extra_inputs(
+    selected: Sequence[Weight], projected: Sequence[ProjectedWeight], inputs: Sequence[Any]
+) -> list[tuple[str, Tensor]]:
+    """(name, example) of what a compiled graph takes behind its own; ports require gradients."""
+
+    def port(position: int, shape: tuple[int, int]) -> tuple[str, Tensor]:
+        like = inputs[position]
+        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
+        return f"memrewrite_port_{position}", zeros
+
+    def basis(position: int, shape: Any, like: Weight | ProjectedWeight) -> tuple[str, Tensor]:
+        kind = "v" if isinstance(like, Weight) else "p"
+        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return f"memrewrite_{kind}_{position}", empty
+
+    return [
+        *(basis(w.position, w.size, w) for w in selected),
+        *(port(w.position, w.port) for w in selected if w.port is not None),
+        *(basis(w.position, w.basis, w) for w in projected),
+        *(port(w.position, w.port) for w in projected),
+    ]
 
 
 def attach_ports(gm: GraphModule, ports: Sequence[Node]) -> None:

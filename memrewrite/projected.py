@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memrewrite.basis import Vector
+from memrewrite.basis import Basis
 
 aten = torch.ops.aten
 
@@ -40,18 +40,18 @@ class _Held:
 class ProjectedGrad(Tensor):
     """See the module. Compiled backwards make it; ProjectedGrad(coordinates, basis, shape)."""
 
-    basis: Vector
+    basis: Basis
     _held: _Held
 
     @staticmethod
-    def __new__(cls, coordinates: Tensor, basis: Vector, shape: Sequence[int]) -> ProjectedGrad:
+    def __new__(cls, coordinates: Tensor, basis: Basis, shape: Sequence[int]) -> ProjectedGrad:
         made: Any = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=coordinates.dtype, device=coordinates.device
         )
         made._held, made.basis = _Held(coordinates), basis
         return made  # type: ignore[no-any-return]
 
-    def __init__(self, coordinates: Tensor, basis: Vector, shape: Sequence[int]) -> None:
+    def __init__(self, coordinates: Tensor, basis: Basis, shape: Sequence[int]) -> None:
         super().__init__()
 
     @property
@@ -102,7 +102,7 @@ class ProjectedGrad(Tensor):
             return f"ProjectedGrad(shape={shape}, dtype={dtype}, dense)"
         return (
             f"ProjectedGrad(shape={shape}, dtype={dtype}, "
-            f"coordinates={tuple(self.coordinates.shape)}, v={tuple(self.basis.v.shape)})"
+            f"coordinates={tuple(self.coordinates.shape)}, {self.basis})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memrewrite.options import GaLore
 from memrewrite.sites import Candidate, choose
@@ -149,7 +150,7 @@ def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> s
     parameter = candidate.parameter
     if not parameter.dtype.is_floating_point:
         return f"not projected: its dtype is {parameter.dtype}"
-    if type(parameter) not in (nn.Parameter, torch.Tensor):
+    if type(parameter) not in (nn.Parameter, torch.Tensor, FakeTensor):
         return f"not projected: a {type(parameter).__name__}, no plain tensor"
     if candidate.kind == "stack":
         return "not projected: a stack of matrices, neither a matrix nor a convolution"

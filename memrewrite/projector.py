@@ -57,12 +57,6 @@ def refresh(
     return Refreshed(aligned(basis, old).to(gradient.dtype), energy)
 
 
-def first_columns(gradient: Tensor, rank: int, left: bool) -> Tensor:
-    """A basis for a gradient that has none yet: the first r unit vectors, (side, r)."""
-    side = _matrix(gradient, left).shape[0]
-    return torch.eye(side, rank, dtype=gradient.dtype, device=gradient.device)
-
-
 def _matrix(gradient: Tensor, left: bool) -> Tensor:
     rows = gradient.detach().flatten(1)
     rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -29,6 +29,7 @@ class InputRecord:
     features: int  # D
     bytes: int  # of the activation
     z_bytes: int = 0  # of z, where z is kept
+    p_bytes: int = 0  # of x P of all weights that read x, where they are kept
     before: int = 0  # kept by torch.compile's default partition
     after: int = 0  # kept by ours: the activation, or z, or nothing
     fate: str = "rebuilt"  # or "z saved", or "kept alive"
@@ -100,7 +101,8 @@ class GraphRecord:
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
-    ported: list[int] = field(default_factory=list)  # weights with a small gradient
+    ported: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
+    projected: list[int] = field(default_factory=list)  # weights with a gradient P R or R P^T
     kept_before: int = 0
     kept_after: int = 0
     formula_before: str = ""

@@ -9,16 +9,18 @@ from typing import Any, Literal
 from tabulate import tabulate
 from torch import nn
 
+from memrewrite.captured import Binding
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_report import OptimizerRow, optimizer_rows, table
 from memrewrite.record import GraphRecord, InputRecord
 from memrewrite.sites import Candidate, candidates, why_not
-from memrewrite.state import Binding, Session, session_of
+from memrewrite.state import Session, session_of
 
 NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
 INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
 FATES = {
     "z saved": "z saved in place of x",
+    "x P saved": "x P of the weights that share it saved in place of x",
     "rebuilt": "x rebuilt in backward, so nothing is kept; the folded matmul saves time",
     "kept alive": "x kept alive by {by}: frees no bytes; the folded matmul saves time",
 }
@@ -26,6 +28,7 @@ EXACT_FATES = {
     "rebuilt": "x rebuilt exactly in backward",
     "kept alive": "x kept",
     "z saved": "x replaced by z for the weights that share it",
+    "x P saved": "x replaced by x P",
 }
 
 

@@ -1,24 +1,36 @@
-"""Which arguments of a captured graph are weights that VeLoRA compresses."""
+"""Which arguments of a captured graph are weights whose gradients are rewritten."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from memrewrite.options import VeLoRA
 from memrewrite.plan import Weight
+from memrewrite.projection import Site, sites_of
 from memrewrite.sites import Candidate, candidates, why_not
 
 if TYPE_CHECKING:
     from memrewrite.state import Session
 
 
-def weights_of(
-    session: Session, positions: Sequence[int], args: Sequence[Any]
-) -> tuple[dict[int, str], list[Weight]]:
-    """Of the parameters among `args`: their candidate names, and those that are selected."""
+@dataclass(eq=False)
+class Choice:
+    """What is rewritten when a graph is called with certain parameters."""
+
+    names: dict[int, str]  # argument position -> candidate name
+    parameters: list[tuple[int, weakref.ref[Tensor]]]
+    selected: list[Weight]  # VeLoRA's
+    sites: list[tuple[int, Site]]  # GaLore's, where gradients come in coordinates
+
+
+def choose(session: Session, positions: Sequence[int], args: Sequence[Any]) -> Choice:
+    """Of the parameters among `args`."""
     model = session.model()
     found = candidates(model) if model is not None else []
     chosen = session.selected(found)
@@ -33,7 +45,23 @@ def weights_of(
             names[position] = candidate.name
         if wanted:
             selected.append(_weight(position, wanted[0], session.velora))
-    return names, selected
+    taken = {weight.position for weight in selected}
+    sites = _sites(session, [p for p in positions if p not in taken], args)
+    names |= {position: site.candidate.name for position, site in sites}
+    parameters: list[Any] = [(i, weakref.ref(args[i])) for i in positions]
+    return Choice(names, parameters, selected, sites)
+
+
+def _sites(
+    session: Session, positions: Sequence[int], args: Sequence[Any]
+) -> list[tuple[int, Site]]:
+    """Matrices alone: a convolution's gradient is projected by the optimizer."""
+    model, galore = session.model(), session.galore
+    if model is None or galore is None or galore.gradients == "dense":
+        return []
+    known = {id(s.candidate.parameter): s for s in sites_of(model, galore).projected}
+    places = [(p, known[id(args[p])]) for p in positions if id(args[p]) in known]
+    return [(p, site) for p, site in places if args[p].ndim == 2]
 
 
 def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weight:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memrewrite.attachment import Attachment, members, numbers_of, update_of
+from memrewrite.errors import warn
 from memrewrite.factored import (
     VECTOR,
     FactoredKind,
@@ -20,7 +21,7 @@ from memrewrite.factored import (
     spread_state,
 )
 from memrewrite.projected import ProjectedGrad
-from memrewrite.state import Session, warn
+from memrewrite.state import Session
 
 
 def takes(

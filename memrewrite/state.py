@@ -9,31 +9,28 @@ written in place, because a backward may still hold the v of its forward.
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from memrewrite import calibrate
-from memrewrite.backend import Engine, capture
-from memrewrite.errors import MemrewriteWarning
-from memrewrite.logs import tell
+from memrewrite import sketch
+from memrewrite.backend import Engine
+from memrewrite.bases import PREFIX as GALORE
+from memrewrite.bases import key_of, restored
+from memrewrite.basis import Projector
+from memrewrite.captured import Graph
 from memrewrite.options import GaLore, VeLoRA
-from memrewrite.plan import PassesFor, Weight
-from memrewrite.ports import Port, trained_outputs
-from memrewrite.record import GraphRecord
-from memrewrite.selection import weights_of
+from memrewrite.plan import PassesFor, ProjectedWeight, Weight
+from memrewrite.projection import Site
 from memrewrite.sites import Candidate, candidates, select
 
 PREFIX = "velora.v."
-_running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
 
 
 @dataclass(eq=False)
@@ -49,7 +46,9 @@ class Session:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)  # running means, not normalised
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
+    bases: dict[str, Projector] = field(default_factory=dict)  # of GaLore's next gradients
     graphs: list[Graph] = field(default_factory=list)
+    settled: bool = False  # of an estimate: every weight has a projector
     called: bool = False
     on_change: Callable[[Session, bool], None] | None = None
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
@@ -72,20 +71,46 @@ class Session:
         return select(found, self.velora.sites) if self.velora else set()
 
     def ported(self) -> list[Tensor]:
-        """The weights whose gradients come as coordinates, in the graphs compiled so far."""
+        """The weights whose gradients come as A (x) v, in the graphs compiled so far."""
+        return self._returned("ported")
+
+    def pushed(self) -> list[Tensor]:
+        """The weights whose gradients come in a projector's coordinates, in those."""
+        return self._returned("projected")
+
+    def _returned(self, how: str) -> list[Tensor]:
         places = (
-            (b, position)
+            (binding, position)
             for graph in self.graphs
-            for b in graph.bindings.values()
-            for position in b.variant.record.ported
+            for binding in graph.bindings.values()
+            for position in getattr(binding.variant.record, how)
         )
         found = [dict(binding.parameters)[position]() for binding, position in places]
-        return [parameter for parameter in found if parameter is not None]
+        return list({id(p): p for p in found if p is not None}.values())
+
+    def projected(self, position: int, site: Site, usual: bool = False) -> ProjectedWeight:
+        """What the next backward returns of a weight; `usual`: between refreshes."""
+        name, weight = site.candidate.name, site.candidate.parameter
+        basis = self.bases.get(name)
+        if basis is None:
+            basis = self.bases[name] = self._first(name, weight.detach(), site)
+        rows, columns = weight.shape
+        rank, left = (site.rank, site.left) if usual else (basis.p.shape[1], basis.left)
+        shape = rows if left else columns, rank
+        port = (rank, columns) if left else (rows, rank)
+        return ProjectedWeight(position, shape, left, port, weight.dtype, weight.device)
+
+    def _first(self, name: str, weight: Tensor, site: Site) -> Projector:
+        if self.settled:
+            side = weight.shape[0 if site.left else 1]
+            return Projector(weight.new_empty(side, site.rank), site.left)
+        return sketch.start(name, weight, site.rank, site.left)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every v, and the sums behind a running mean, as plain tensors."""
         state = {PREFIX + name: v.detach().clone() for name, v in self.vectors.items()}
-        return state | {f"velora.sum.{n}": s.detach().clone() for n, s in self.sums.items()}
+        state |= {f"velora.sum.{n}": s.detach().clone() for n, s in self.sums.items()}
+        return state | {key_of(n, b): b.p.detach().clone() for n, b in self.bases.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace every v. Raises ValueError, changing nothing, for names or sizes that differ."""
@@ -93,7 +118,9 @@ class Session:
         names = {c.name for c in candidates(model)} if model is not None else set()
         vectors: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
-        for key, tensor in state.items():
+        ours = {key: tensor for key, tensor in state.items() if key.startswith(GALORE)}
+        bases = restored(model, self.galore, ours)
+        for key, tensor in ((k, t) for k, t in state.items() if k not in ours):
             for prefix, into in ((PREFIX, vectors), ("velora.sum.", sums)):
                 if key.startswith(prefix):
                     self._check(key, tensor, key.removeprefix(prefix), names)
@@ -101,7 +128,7 @@ class Session:
                     break
             else:
                 raise ValueError(f"{key!r} is no entry of a memrewrite state")
-        self.vectors, self.sums, self.unseen = vectors, sums, set()
+        self.vectors, self.sums, self.bases, self.unseen = vectors, sums, bases, set()
         for binding in (b for graph in self.graphs for b in graph.bindings.values()):
             binding.calibrated = False  # what the state lacks, the next batch tells
 
@@ -154,155 +181,6 @@ def normalised(total: Tensor | None, weight: Weight) -> Tensor:
     return ones / math.sqrt(weight.size)
 
 
-@dataclass
-class Variant:
-    """A captured graph compiled for one set of selected arguments."""
-
-    compiled: Callable[..., Any]
-    record: GraphRecord
-    selected: list[Weight]
-    outputs: int | None  # own outputs, where running means follow them
-    observed: list[Weight]
-
-    def __post_init__(self) -> None:
-        groups = [i for i in self.record.inputs if i.leader is not None]
-        self.leaders = [w for w in self.selected if w.position in {i.leader for i in groups}]
-        self.leader_of = {w: i.leader for i in groups for w in i.weights}
-
-
-@dataclass
-class Binding:
-    """A variant called with particular weights. Layers of one shape may share a graph."""
-
-    variant: Variant
-    names: dict[int, str]  # argument position -> candidate name
-    parameters: list[tuple[int, weakref.ref[Tensor]]]
-    calibrated: bool = False
-
-    def serves(self, args: Sequence[Any]) -> bool:
-        return all(reference() is args[i] for i, reference in self.parameters)
-
-    def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
-        """What the compiled graph takes behind its own arguments: every v, then every port."""
-        leader_of, selected = self.variant.leader_of, self.variant.selected
-        names = [self.names[leader_of.get(w.position) or w.position] for w in selected]
-        vectors = [session.vector(n, w) for n, w in zip(names, selected, strict=True)]
-        make: Any = Port.apply
-        ports = [
-            make(args[w.position], v, self.names[w.position])
-            for w, v in zip(selected, vectors, strict=True)
-            if w.port is not None
-        ]
-        return vectors + ports
-
-
-class Graph:
-    """One captured graph, called with v appended to its arguments.
-
-    Dynamo may serve several layers by one graph: after a graph break the weights are
-    mere arguments of it. Which weights a call is for is therefore read off its
-    arguments, and a call whose selection differs gets a variant of its own.
-    """
-
-    def __init__(self, session: Session, gm: GraphModule, inputs: Sequence[Any]) -> None:
-        self.session, self.gm = session, gm
-        self.training = torch.is_grad_enabled()
-        self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
-        self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
-        model = session.model()
-        buffers = {id(b) for b in model.buffers()} if model is not None else set()
-        self.buffers = [i for i, value in enumerate(inputs) if id(value) in buffers]
-        self.variants: dict[tuple[int, ...], Variant] = {}
-        self.bindings: dict[tuple[int, ...], Binding] = {}
-        self._bind(inputs)
-
-    def __call__(self, *args: Any) -> Any:
-        key = tuple(id(args[i]) for i in self.positions)
-        binding = self.bindings.get(key)
-        if binding is None or not binding.serves(args):
-            binding = self._bind(args)
-        if not binding.calibrated:
-            self._calibrate(binding, args)
-        variant = binding.variant
-        token = _running.set(binding)
-        try:
-            results = variant.compiled(*args, *binding.extra(self.session, args))
-        finally:
-            _running.reset(token)
-        if variant.outputs is None:
-            return results
-        leaders = {w.position for w in variant.leaders}
-        for weight, total in zip(variant.observed, results[variant.outputs :], strict=True):
-            if weight.position in leaders:
-                self.session.update_mean(binding.names[weight.position], weight, total)
-        return results[: variant.outputs]
-
-    def _bind(self, args: Sequence[Any]) -> Binding:
-        names, selected = weights_of(self.session, self.positions, args)
-        selected = selected if self.training else []
-        if not trained_outputs(self.gm):
-            selected = [replace(weight, port=None) for weight in selected]
-        wanted = tuple(w.position for w in selected)
-        if wanted not in self.variants:
-            self.variants[wanted] = self._compile(args, selected)
-        parameters: list[Any] = [(i, weakref.ref(args[i])) for i in self.positions]
-        binding = Binding(self.variants[wanted], names, parameters)
-        tell(binding.variant.record, names)
-        self.bindings[tuple(id(args[i]) for i in self.positions)] = binding
-        return binding
-
-    def _compile(self, args: Sequence[Any], selected: list[Weight]) -> Variant:
-        velora = self.session.velora
-        if self.variants and self.dynamic:
-            return self._uncompiled()
-        outputs, gm = None, self.gm
-        observed: list[Weight] = []
-        if selected and velora and velora.init == "running_mean":
-            gm, outputs, observed = calibrate.observe_inputs(gm, selected)
-        compiled, record = capture(
-            gm,
-            args,
-            selected,
-            self.positions,
-            self.buffers,
-            velora.scale if velora else 1.0,
-            self.session.passes_for,
-            self.session.engine,
-        )
-        return Variant(compiled, record, selected, outputs, observed)
-
-    def _uncompiled(self) -> Variant:
-        """Outside Dynamo a dynamic graph cannot be compiled again: run it, exactly."""
-        reason = (
-            "it shares a dynamic-shape graph with layers that are selected differently; "
-            "select all layers of a kind alike, or pass dynamic=False"
-        )
-        warn(f"some layers run uncompiled, with exact gradients: {reason}")
-        return Variant(self.gm, GraphRecord(failure=reason), [], None, [])
-
-    def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
-        session, binding.calibrated = self.session, True
-        missing = [
-            w for w in binding.variant.leaders if binding.names[w.position] not in session.vectors
-        ]
-        if not missing or session.velora is None:
-            return
-        totals: dict[int, Tensor] = {}
-        if session.velora.init in ("batch_mean", "running_mean"):
-            totals = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w in missing})
-            _equalise([totals[w.position] for w in missing if w.position in totals])
-        for weight in missing:
-            session.vector(binding.names[weight.position], weight, totals.get(weight.position))
-
-
-def _equalise(totals: list[Tensor]) -> None:
-    """Add up the sums of all ranks: ranks with different v would average unlike gradients."""
-    dist = torch.distributed
-    if totals and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for total in totals:
-            dist.all_reduce(total)
-
-
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
@@ -322,15 +200,6 @@ def known_session(model: nn.Module) -> Session | None:
     return _sessions.get(model)
 
 
-def running() -> Binding | None:
-    """The compiled graph that is being called, if one is."""
-    return _running.get()
-
-
 def live_sessions() -> list[Session]:
     """The sessions of all models that are compiled now."""
     return list(_sessions.values())
-
-
-def warn(message: str) -> None:
-    warnings.warn(message, MemrewriteWarning, stacklevel=3)

@@ -41,6 +41,11 @@ class Target:
     def name(self) -> str:
         return self.site.candidate.name
 
+    @property
+    def pushed(self) -> bool:
+        """Whether backward is asked for this gradient in coordinates."""
+        return self.galore.gradients == "coordinates" and self.parameter.ndim == 2
+
     def kind(self, group: dict[str, Any]) -> Kind:
         p = self.parameter
         decays = group["weight_decay"] != 0
@@ -96,6 +101,16 @@ def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
         )
 
 
+def prepare(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> int:
+    """The state of a parameter, made where there is none: the number of its steps so far."""
+    if not state:
+        _initialise(state, kind, grad, capturable)
+        return 0
+    if state["step"].device.type != "cpu" and not capturable:
+        state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
+    return int(state["step"])
+
+
 def refresh_if_due(
     target: Target, kind: Kind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
 ) -> str | None:
@@ -103,17 +118,11 @@ def refresh_if_due(
 
     Returns why that failed, where it did; a gradient of zeros has no basis and is no failure.
     """
-    if not state:
-        _initialise(state, kind, grad, group["capturable"])
-        old, done = None, 0
-    else:
-        if state["step"].device.type != "cpu" and not group["capturable"]:
-            state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
-        old, done = state["projector"], int(state["step"])
-        due = (done + target.offset) % target.galore.update_every == 0
-        if not due and STALE not in state:
-            return None
-    galore = target.galore
+    galore, fresh = target.galore, not state
+    done = prepare(state, kind, grad, group["capturable"])
+    old = None if fresh else state["projector"]
+    if not fresh and (done + target.offset) % galore.update_every and STALE not in state:
+        return None
     new = projector.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
     if isinstance(new, str):
         state[STALE] = torch.ones(())
@@ -122,13 +131,26 @@ def refresh_if_due(
         target.failures += 1
         return f"at step {done + 1}: {new}"
     state.pop(STALE, None)
-    if galore.moments == "rotate" and old is not None and done:
+    take(target, kind, state, new, group, done)
+    return None
+
+
+def take(
+    target: Target,
+    kind: Kind,
+    state: dict[str, Any],
+    new: projector.Refreshed,
+    group: dict[str, Any],
+    done: int,
+) -> None:
+    """Put a new P in the state, and the moments into its coordinates where that is asked for."""
+    if target.galore.moments == "rotate" and done:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**done, 1 - beta2**done
+        old = state["projector"]
         projector.rotate_moments(state, new.projector, old, kind.left, bias1, bias2)
     state["projector"] = new.projector
     target.refreshed, target.energy = done + 1, new.energy
-    return None
 
 
 def _initialise(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> None:
@@ -137,4 +159,5 @@ def _initialise(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: boo
     moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
     for name in moments:
         state[name] = torch.zeros(kind.state_shape, dtype=kind.dtype, device=kind.device)
-    state["projector"] = projector.first_columns(grad, kind.rank, kind.left)
+    shape = kind.side, kind.rank
+    state["projector"] = torch.eye(*shape, dtype=kind.dtype, device=kind.device)

@@ -45,6 +45,7 @@ class Kind:
     maximize: bool
     decays: bool  # weight decay other than zero
     decoupled: bool
+    given: bool = False  # the gradient comes as R
 
     @property
     def side(self) -> int:
@@ -117,7 +118,7 @@ class Update:
 def build(kind: Kind, engine: Engine) -> Update:
     """Capture, rewrite, lower and compile the update of one kind of parameter."""
     gm = capture(kind)
-    projection = Projection(_add_projector(gm, kind), kind.left, kind.scale)
+    projection = Projection(_add_projector(gm, kind), kind.left, kind.scale, kind.given)
     traced = [("captured", listing(gm.graph))]
 
     def after(one: Pass, graph: Graph) -> None:

@@ -11,6 +11,9 @@ With P of r orthonormal columns, (O, r) from the left or (D, r) from the right:
     left   R = P^T G    W <- W + scale P Z
     right  R = G P      W <- W + scale Z P^T
 
+Where backward has returned R itself (`passes.push`), it is taken as it is, and an L2 decay
+adds the projection of W, which is the same sum.
+
 Identity: none, the step lies in the span of P. At r = min(O, D) and scale = 1 it is Adam
 in rotated coordinates. Decoupled decay acts on W, as AdamW's; L2 decay and maximize act
 on the full gradient, before the projection, as in torch's Adam. Parameters that are not
@@ -41,6 +44,7 @@ class Projection:
     projector: int  # the argument that holds its P
     left: bool
     scale: float
+    given: bool = False  # the gradient is R already: see `passes.push`
 
 
 def project_updates(projections: Mapping[int, Projection]) -> Pass:
@@ -51,7 +55,7 @@ def project_updates(projections: Mapping[int, Projection]) -> Pass:
         for fused in [n for t in FUSED for n in gm.graph.find_nodes(op="call_function", target=t)]:
             _split(fused, projections, place)
 
-    key = tuple(sorted((w, p.projector, p.left, p.scale) for w, p in projections.items()))
+    key = tuple(sorted(projections.items(), key=lambda pair: pair[0]))
     identity = "Adam on R = P^T G (or G P), then W += scale P Z (or Z P^T)"
     return Pass("project_updates", rewrite, exact=False, key=key, identity=identity)
 
@@ -74,13 +78,18 @@ def _project(fused: Node, columns: list[list[Node]], p: Node, how: Projection) -
     (w,), (g,), *moments, steps = columns
     settings: dict[str, Any] = dict(fused.kwargs)
     decay, decoupled = settings["weight_decay"], fused.target is DECOUPLED
+    if how.given:
+        shape = (p.meta["val"].shape[1], w.meta["val"].shape[1])  # (r, D)
+        shape = shape if how.left else (w.meta["val"].shape[0], shape[0])  # (O, r)
+        g.meta["val"] = g.meta["val"].new_empty(shape)
     if settings["maximize"]:
         g = insert(fused, aten.neg.default, g)
     if decay != 0.0 and not decoupled:
-        g = insert(fused, aten.add.Tensor, g, insert(fused, aten.mul.Tensor, w, decay))
+        small = insert(fused, galore_project, w, p, how.left) if how.given else w
+        g = insert(fused, aten.add.Tensor, g, insert(fused, aten.mul.Tensor, small, decay))
     if g.meta["val"].ndim > 2:
         g = insert(fused, aten.flatten.using_ints, g, 1)  # (O, D h w)
-    r = insert(fused, galore_project, g, p, how.left)
+    r = g if how.given else insert(fused, galore_project, g, p, how.left)
     z = insert(fused, aten.zeros_like.default, r)
     for moment in (n for column in moments for n in column):
         moment.meta["val"] = z.meta["val"]

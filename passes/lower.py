@@ -6,7 +6,7 @@
     galore_project_back(z, P)     permute? -> mm
 
 Identity: the definitions in `passes.ops`, op by op; steps marked ? are left out where
-they do nothing. The node that holds z keeps its `velora_z` mark.
+they do nothing. The nodes that hold z and x P keep their marks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.fx import GraphModule, Node
 from passes.base import CONVERT, Pass, aten, call, fixed, insert, operand, size
 from passes.ops import galore_project, galore_project_back, velora_compress, velora_reconstruct
 
+MARKS = ("velora_z", "galore")
+
 
 def lower_ir_ops() -> Pass:
     """Replace every memrewrite op by the aten ops that define it."""
@@ -25,8 +27,8 @@ def lower_ir_ops() -> Pass:
         for op, lowered in LOWERED.items():
             for node in gm.graph.find_nodes(op="call_function", target=op):
                 replacement = lowered(node)
-                if "velora_z" in node.meta:
-                    replacement.meta["velora_z"] = True
+                kept = {key: node.meta[key] for key in MARKS if key in node.meta}
+                replacement.meta.update(kept)
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
 

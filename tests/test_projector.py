@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memrewrite.projector import Refreshed, aligned, first_columns, refresh, rotate_moments
+from memrewrite.projector import Refreshed, aligned, refresh, rotate_moments
 
 
 def decaying(rows: int, columns: int, power: float = 1.0, seed: int = 0) -> Tensor:
@@ -131,7 +131,7 @@ def test_low_precision_gradients_are_decomposed_in_float32() -> None:
 def test_convolutions_are_read_as_matrices() -> None:
     g = torch.randn(8, 3, 2, 2)
     assert basis(g, 3, False, "svd").projector.shape == (12, 3)
-    assert first_columns(g, 3, True).shape == (8, 3)
+    assert basis(g, 3, True, "svd").projector.shape == (8, 3)
 
 
 @pytest.mark.parametrize("left", [True, False])

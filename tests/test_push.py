@@ -70,7 +70,9 @@ def printed(left: bool) -> str:
 
 
 def test_printed_form_from_the_left() -> None:
-    assert_expected_inline(printed(True), """\
+    assert_expected_inline(
+        printed(True),
+        """\
 tanh: [5, 8] = tanh.default(arg2_1)
 t: [8, 6] = t.default(arg0_1)
 mm: [5, 6] = mm.default(tanh, t)
@@ -80,11 +82,14 @@ mm_default: [2, 8] = mm.default(galore_project_default_2, tanh)
 t_3: [6, 8] = t.default(t)
 mm_2: [5, 8] = mm.default(arg3_1, t_3)
 tanh_backward: [5, 8] = tanh_backward.default(mm_2, tanh)
-return (mm, None, mm_default, tanh_backward)""")
+return (mm, None, mm_default, tanh_backward)""",
+    )
 
 
 def test_printed_form_from_the_right() -> None:
-    assert_expected_inline(printed(False), """\
+    assert_expected_inline(
+        printed(False),
+        """\
 tanh: [5, 8] = tanh.default(arg2_1)
 galore_project_default_2: [5, 2] = memrewrite.galore_project.default(tanh, v_3, False)
 t: [8, 6] = t.default(arg0_1)
@@ -94,7 +99,8 @@ mm_default: [6, 2] = mm.default(t_1, galore_project_default_2)
 t_3: [6, 8] = t.default(t)
 mm_2: [5, 8] = mm.default(arg3_1, t_3)
 tanh_backward: [5, 8] = tanh_backward.default(mm_2, tanh)
-return (mm, None, mm_default, tanh_backward)""")
+return (mm, None, mm_default, tanh_backward)""",
+    )
 
 
 @given(

@@ -326,10 +326,12 @@ def test_gradients_say_what_they_are() -> None:
 
 
 def test_a_second_derivative_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memrewrite.basis import Vector
     from memrewrite.ports import Port
 
     weight = nn.Parameter(torch.ones(4, 8))
-    port = Port.apply(weight, torch.ones(4) / 2, "body.down")  # type: ignore[no-untyped-call]
+    basis = Vector(torch.ones(4) / 2)
+    port = Port.apply(weight, basis, "body.down")  # type: ignore[no-untyped-call]
     with pytest.raises(UnsupportedError, match=r"body.down \(4, 8\).*leave the weight out"):
         torch.autograd.grad(port.sum(), [weight], create_graph=True)
 

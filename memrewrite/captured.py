@@ -1,0 +1,209 @@
+"""One captured graph, compiled once for each way of calling it, and what it is called with."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from memrewrite import calibrate
+from memrewrite.backend import capture
+from memrewrite.basis import Vector
+from memrewrite.errors import warn
+from memrewrite.logs import tell
+from memrewrite.plan import ProjectedWeight, Weight, make_plan
+from memrewrite.ports import Port, extra_inputs, trained_outputs
+from memrewrite.record import GraphRecord
+from memrewrite.selection import Choice, choose
+
+if TYPE_CHECKING:
+    from memrewrite.state import Session
+
+_running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
+
+
+@dataclass
+class Variant:
+    """A captured graph compiled for one set of selected arguments."""
+
+    compiled: Callable[..., Any]
+    record: GraphRecord
+    selected: Sequence[Weight] = ()
+    projected: Sequence[ProjectedWeight] = ()
+    outputs: int | None = None  # own outputs, where running means follow them
+    observed: Sequence[Weight] = ()
+
+    def __post_init__(self) -> None:
+        groups = [i for i in self.record.inputs if i.leader is not None]
+        self.leaders = [w for w in self.selected if w.position in {i.leader for i in groups}]
+        self.leader_of = {w: i.leader for i in groups for w in i.weights}
+
+
+@dataclass
+class Binding:
+    """A variant called with particular weights. Layers of one shape may share a graph."""
+
+    variant: Variant
+    names: dict[int, str]  # argument position -> candidate name
+    parameters: list[tuple[int, weakref.ref[Tensor]]]
+    calibrated: bool = False
+
+    def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
+        """What the compiled graph takes behind its own arguments: see `ports.extra_inputs`."""
+        leader_of, selected = self.variant.leader_of, self.variant.selected
+        names = [self.names[leader_of.get(w.position) or w.position] for w in selected]
+        vectors = [session.vector(n, w) for n, w in zip(names, selected, strict=True)]
+        make: Any = Port.apply
+        ports = [
+            make(args[w.position], Vector(v), self.names[w.position])
+            for w, v in zip(selected, vectors, strict=True)
+            if w.port is not None
+        ]
+        placed = [(w.position, self.names[w.position]) for w in self.variant.projected]
+        bases = [session.bases[name] for _, name in placed]
+        more = [make(args[i], b, name) for (i, name), b in zip(placed, bases, strict=True)]
+        return [*vectors, *ports, *(basis.p for basis in bases), *more]
+
+
+class Graph:
+    """One captured graph, called with v appended to its arguments.
+
+    Dynamo may serve several layers by one graph: after a graph break the weights are
+    mere arguments of it. Which weights a call is for is therefore read off its
+    arguments, and a call whose selection differs gets a variant of its own.
+    """
+
+    def __init__(self, session: Session, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        self.session, self.gm = session, gm
+        self.training = torch.is_grad_enabled()
+        self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
+        self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
+        model = session.model()
+        buffers = {id(b) for b in model.buffers()} if model is not None else set()
+        self.buffers = [i for i, value in enumerate(inputs) if id(value) in buffers]
+        self.variants: dict[Any, Variant] = {}
+        self.choices: dict[tuple[int, ...], Choice] = {}  # by the parameters of a call
+        self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
+        self._bind(inputs)
+        if self.dynamic and self._choice(inputs).sites:
+            self._compile_both(inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        binding = self._bind(args)
+        if not binding.calibrated:
+            self._calibrate(binding, args)
+        variant = binding.variant
+        token = _running.set(binding)
+        try:
+            results = variant.compiled(*args, *binding.extra(self.session, args))
+        finally:
+            _running.reset(token)
+        if variant.outputs is None:
+            return results
+        leaders = {w.position for w in variant.leaders}
+        for weight, total in zip(variant.observed, results[variant.outputs :], strict=True):
+            if weight.position in leaders:
+                self.session.update_mean(binding.names[weight.position], weight, total)
+        return results[: variant.outputs]
+
+    def _choice(self, args: Sequence[Any]) -> Choice:
+        key = tuple(id(args[i]) for i in self.positions)
+        known = self.choices.get(key)
+        if known is None or not all(p() is args[i] for i, p in known.parameters):
+            self.bindings = {k: b for k, b in self.bindings.items() if k[0] is not known}
+            known = self.choices[key] = choose(self.session, self.positions, args)
+            if not self.training:
+                known.selected, known.sites = [], []
+            if not trained_outputs(self.gm):
+                known.selected = [replace(weight, port=None) for weight in known.selected]
+                known.sites = []
+        return known
+
+    def _bind(self, args: Sequence[Any]) -> Binding:
+        choice = self._choice(args)
+        projected = [self.session.projected(i, site) for i, site in choice.sites]
+        key = (choice, *projected)
+        if key not in self.bindings:
+            variant = self._variant(args, choice, projected)
+            self.bindings[key] = Binding(variant, choice.names, choice.parameters)
+            tell(variant.record, choice.names)
+        return self.bindings[key]
+
+    def _variant(
+        self, args: Sequence[Any], choice: Choice, projected: list[ProjectedWeight]
+    ) -> Variant:
+        wanted = (tuple(w.position for w in choice.selected), *projected)
+        if wanted not in self.variants:
+            self.variants[wanted] = self._compile(args, choice.selected, projected)
+        return self.variants[wanted]
+
+    def _compile_both(self, args: Sequence[Any]) -> None:
+        """The steps between refreshes too: outside Dynamo a dynamic graph cannot be compiled."""
+        choice = self._choice(args)
+        usual = [self.session.projected(i, site, usual=True) for i, site in choice.sites]
+        self.variants[(tuple(w.position for w in choice.selected), *usual)] = self._compile(
+            args, choice.selected, usual, again=False
+        )
+
+    def _compile(
+        self,
+        args: Sequence[Any],
+        selected: list[Weight],
+        projected: list[ProjectedWeight],
+        again: bool = True,
+    ) -> Variant:
+        velora = self.session.velora
+        if again and self.variants and self.dynamic:
+            return self._uncompiled()
+        outputs, gm = None, self.gm
+        observed: list[Weight] = []
+        if selected and velora and velora.init == "running_mean":
+            gm, outputs, observed = calibrate.observe_inputs(gm, selected)
+        scale = velora.scale if velora else 1.0
+        plan = make_plan(len(args), selected, projected, self.positions, self.buffers, scale)
+        extra = extra_inputs(selected, projected, args)
+        session = self.session
+        compiled, record = capture(gm, args, plan, extra, session.passes_for, session.engine)
+        return Variant(compiled, record, selected, projected, outputs, observed)
+
+    def _uncompiled(self) -> Variant:
+        """Outside Dynamo a dynamic graph cannot be compiled again: run it, exactly."""
+        reason = (
+            "it shares a dynamic-shape graph with layers that are selected differently; "
+            "select all layers of a kind alike, or pass dynamic=False"
+        )
+        warn(f"some layers run uncompiled, with exact gradients: {reason}")
+        return Variant(self.gm, GraphRecord(failure=reason))
+
+    def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
+        session, binding.calibrated = self.session, True
+        missing = [
+            w for w in binding.variant.leaders if binding.names[w.position] not in session.vectors
+        ]
+        if not missing or session.velora is None:
+            return
+        totals: dict[int, Tensor] = {}
+        if session.velora.init in ("batch_mean", "running_mean"):
+            totals = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w in missing})
+            _equalise([totals[w.position] for w in missing if w.position in totals])
+        for weight in missing:
+            session.vector(binding.names[weight.position], weight, totals.get(weight.position))
+
+
+def _equalise(totals: list[Tensor]) -> None:
+    """Add up the sums of all ranks: ranks with different v would average unlike gradients."""
+    dist = torch.distributed
+    if totals and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for total in totals:
+            dist.all_reduce(total)
+
+
+def running() -> Binding | None:
+    """The compiled graph that is being called, if one is."""
+    return _running.get()

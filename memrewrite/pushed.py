@@ -1,0 +1,75 @@
+"""GaLore's gradients that come in coordinates: R from what came, and what is to come next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from memrewrite import projector, sketch
+from memrewrite.attachment import Attachment
+from memrewrite.basis import Projector, Sketch, equal
+from memrewrite.projected import ProjectedGrad
+from memrewrite.target import Target, prepare, take
+from memrewrite.update import Kind
+
+
+def is_small(grad: Tensor) -> bool:
+    """True for a gradient in the coordinates of a projector, or a sketch of one."""
+    return (
+        isinstance(grad, ProjectedGrad) and not grad.is_dense and isinstance(grad.basis, Projector)
+    )
+
+
+def given(kind: Kind) -> Kind:
+    """The kind of update that takes R in place of the gradient."""
+    return replace(kind, given=True)
+
+
+def receive(
+    target: Target,
+    kind: Kind,
+    state: dict[str, Any],
+    grad: ProjectedGrad,
+    group: dict[str, Any],
+    attachment: Attachment,
+) -> tuple[Tensor | None, str | None]:
+    """(R, why a refresh failed); R is None where the gradient is in another projector."""
+    basis, small = grad.basis, grad.coordinates
+    assert isinstance(basis, Projector) and small is not None
+    fresh = not state
+    done = prepare(state, kind, grad, group["capturable"])
+    if not isinstance(basis, Sketch):
+        if fresh:
+            state["projector"] = basis.p
+        return (small if equal(basis.p, state["projector"]) else None), None
+    failure = None
+    if fresh or sketch.is_due(done, target.galore.update_every):
+        old = None if fresh else state["projector"]
+        new = sketch.refresh(small, basis, old, kind.rank, kind.shape)
+        if isinstance(new, projector.Refreshed):
+            take(target, kind, state, new, group, done)
+        elif new != projector.ZERO:
+            target.failures += 1
+            failure = f"at step {done + 1}: {new}"
+    else:
+        attachment.warn_once(
+            "sketch",
+            "an optimizer with projected state meets gradients that were sketched for a new "
+            "projector: it was loaded, but not memrewrite.load_state_dict(model, state). One "
+            "step goes by an approximation of its gradients",
+        )
+    return sketch.coordinates(small, basis, state["projector"], kind.left), failure
+
+
+def announce(target: Target, kind: Kind, state: dict[str, Any], r: Tensor | None) -> None:
+    """Tell the session in which basis the next gradient is to come."""
+    bases, name = target.session.bases, target.name
+    p: Tensor = state["projector"]
+    if sketch.is_due(int(state["step"]), target.galore.update_every):
+        bases[name] = sketch.start(name, target.parameter.detach(), kind.rank, kind.left, r)
+        return
+    known = bases.get(name)
+    if known is None or known.p is not p:
+        bases[name] = Projector(p, kind.left)

@@ -1,0 +1,95 @@
+"""A projector without the full gradient: what the refreshes of small gradients read.
+
+Between refreshes a backward returns R, dW in the coordinates of P. On the step of a refresh it
+returns, in the same way, dW in the coordinates of a basis B of k = r + 16 columns of the *other*
+side, the sketch
+
+    left     P (O, r)     B (D, k)     S = dW B     (O, k)
+    right    P (D, r)     B (O, k)     S = dW^T B   (D, k)
+
+and the r leading left singular vectors of S are the new P. B's first columns span the last R:
+S is then one more round of a power iteration that runs through the steps, as in PowerSGD. The
+other columns are random, orthogonal to those; they find what is new, and their energy tells
+what B misses. The update of that step reads P^T S B^T in place of P^T dW: what is outside B is
+left out of this one step.
+
+The first steps have no R to start from: there are refreshes at steps 0, 2 and 4 as well.
+Sources: Halko, Martinsson & Tropp 2011, algorithm 4.4; Vogels et al. 2019, arXiv:1905.13727
+(a warm start for it).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memrewrite import projector
+from memrewrite.basis import Projector, Sketch
+from memrewrite.projector import OVERSAMPLING, Refreshed
+from passes.ops import project
+
+EARLY = (2, 4)  # steps with a refresh of their own
+
+
+def is_due(done: int, every: int) -> bool:
+    """Whether the step behind `done` others is to bring a sketch."""
+    return done % every == 0 or (done in EARLY and done < every)
+
+
+def start(name: str, like: Tensor, rank: int, left: bool, columns: Tensor | None = None) -> Sketch:
+    """The basis of the next sketch of a weight (O, D).
+
+    columns: the latest R, (r, D) or (O, r); without it all of the basis is random, the same
+    for the same name.
+    """
+    other = like.shape[1] if left else like.shape[0]
+    width = min(rank + OVERSAMPLING, other)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    warm = None if columns is None else _columns(columns, left).to(wide)  # (other, r)
+    if warm is not None and not (bool(torch.isfinite(warm).all()) and bool(warm.any())):
+        warm = None
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    known = 0 if warm is None else min(rank, width)
+    drawn = torch.randn(other, width - known, generator=generator, dtype=torch.float64)
+    drawn = drawn.to(like.device, wide)
+    parts = [drawn] if warm is None else [warm / warm.norm(), drawn]
+    basis: Tensor = torch.linalg.qr(torch.cat(parts, 1)).Q  # (other, k)
+    return Sketch(basis.to(like.dtype), not left, known)
+
+
+def refresh(
+    sketch: Tensor, basis: Sketch, old: Tensor | None, rank: int, shape: Sequence[int]
+) -> Refreshed | str:
+    """The new P from a gradient in the coordinates of `basis`, or why there is none.
+
+    Its energy is an estimate of what P holds of the full gradient of `shape`: see `_unseen`.
+    """
+    s = _columns(sketch, basis.left)  # (side, k)
+    found = projector.refresh(s, old, rank, left=True, method="svd", seed=0)
+    if isinstance(found, str):
+        return found
+    other = shape[0] if basis.left else shape[1]
+    seen = float(s.double().square().sum())
+    return Refreshed(found.projector, found.energy * seen / (seen + _unseen(s, basis.warm, other)))
+
+
+def _unseen(s: Tensor, warm: int, other: int) -> float:
+    """Energy outside the basis: the random columns are a fair sample of what the warm miss."""
+    drawn = s.shape[1] - warm
+    if not drawn:
+        return 0.0
+    return float(s[:, warm:].double().square().sum()) * ((other - warm) / drawn - 1)
+
+
+def coordinates(sketch: Tensor, basis: Projector, p: Tensor, left: bool) -> Tensor:
+    """R in the new P, as far as the sketch has it: (r, D) or (O, r)."""
+    if left:  # S (O, k), B (D, k)
+        return project(sketch, p, left) @ basis.p.to(sketch.dtype).t()
+    return basis.p.to(sketch.dtype) @ project(sketch, p, left)  # S^T (k, D), B (O, k)
+
+
+def _columns(r: Tensor, left: bool) -> Tensor:
+    return r.t() if left else r
