@@ -44,7 +44,7 @@ def restored(
         _, kind, name = key.split(".", 2)
         if name not in sites or kind not in KINDS:
             raise ValueError(f"the state has {key!r}, but no weight of that name is projected")
-        found[name] = _restored(key, kind, tensor.detach().clone(), sites[name])
+        found[name] = _restored(key, kind, tensor.detach().contiguous().clone(), sites[name])
     return found
 
 

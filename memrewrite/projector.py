@@ -54,7 +54,7 @@ def refresh(
         return f"the decomposition did not converge ({error})"
     if not bool(torch.isfinite(basis).all()):
         return "the decomposition is not finite"
-    return Refreshed(aligned(basis, old).to(gradient.dtype), energy)
+    return Refreshed(aligned(basis, old).to(gradient.dtype).contiguous(), energy)
 
 
 def _matrix(gradient: Tensor, left: bool) -> Tensor:

@@ -67,6 +67,8 @@ def announce(target: Target, kind: Kind, state: dict[str, Any], r: Tensor | None
     """Tell the session in which basis the next gradient is to come."""
     bases, name = target.session.bases, target.name
     p: Tensor = state["projector"]
+    if not p.is_contiguous():  # a compiled backward is specialised to strides
+        p = state["projector"] = p.contiguous()
     if sketch.is_due(int(state["step"]), target.galore.update_every):
         bases[name] = sketch.start(name, target.parameter.detach(), kind.rank, kind.left, r)
         return

@@ -57,7 +57,7 @@ def start(name: str, like: Tensor, rank: int, left: bool, columns: Tensor | None
     drawn = drawn.to(like.device, wide)
     parts = [drawn] if warm is None else [warm / warm.norm(), drawn]
     basis: Tensor = torch.linalg.qr(torch.cat(parts, 1)).Q  # (other, k)
-    return Sketch(basis.to(like.dtype), not left, known)
+    return Sketch(basis.to(like.dtype).contiguous(), not left, known)
 
 
 def refresh(

@@ -8,6 +8,7 @@
     module:function            your own: called with the model, compiles or wraps it in place
 
     dense                      VeLoRA with full-size gradients and moments
+    pushed                     GaLore with gradients in the projector's coordinates
     checkpointing              of each layer, by the model's own switch
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
@@ -74,6 +75,7 @@ class Configuration:
     sites: Literal["auto", "all"] = "auto"
     dense: bool = False
     galore: bool = False
+    pushed: bool = False
     optimizer: str = "adamw"
     frozen: Literal["auto", "all"] | None = None
     lr_sqrt: bool = False
@@ -148,6 +150,8 @@ def parse(name: str) -> Configuration:
     found = replace(Configuration(name), **said.fields)
     if found.dense and found.velora is None:
         raise ValueError(f"{name!r}: dense says how velora returns its gradients")
+    if found.pushed and not found.galore:
+        raise ValueError(f"{name!r}: pushed says how galore takes its gradients")
     if found.lr_sqrt and found.velora is None:
         raise ValueError(f"{name!r}: lr-sqrt divides the steps of velora's weights")
     if found.lr_sqrt and found.dense:
@@ -167,6 +171,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "fp8": {"fp8": True},
         "lora": {"lora": True},
         "dense": {"dense": True},
+        "pushed": {"pushed": True},
         "galore": {"engine": "memrewrite", "galore": True},
         "lr-sqrt": {"lr_sqrt": True},
         **{f"frozen-{sites}": {"frozen": sites} for sites in ("auto", "all")},
@@ -237,6 +242,8 @@ SETS: dict[str, Sequence[str]] = {
         "galore-torch",
         "apollo-torch",
         "galore",
+        "galore+pushed",
+        "velora-auto-16+galore+pushed",
         "velora-all-16+galore",
     ),
     "lora": ("lora+eager", "lora+torch.compile", "lora+peft-velora-16", "lora+velora-all-16"),
@@ -252,7 +259,9 @@ SETS: dict[str, Sequence[str]] = {
         "frozen-all",
         "galore-torch",
         "galore",
+        "galore+pushed",
         "velora-auto-16+galore",
+        "velora-auto-16+galore+pushed",
     ),
 }
 

@@ -114,7 +114,8 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
         velora = memrewrite.VeLoRA(
             size or 16, configuration.sites, lr_scale=scale, gradients=gradients
         )
-        galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh)
+        how: Any = "coordinates" if configuration.pushed else "dense"
+        galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh, gradients=how)
         wanted = galore if configuration.galore else None
         memrewrite.compile(model, velora=velora if size else False, galore=wanted)
 
