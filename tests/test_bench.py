@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import memrewrite
-from memrewrite.bench import meters, pareto, quality
+from memrewrite.bench import meters, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS, chosen, parse
 from memrewrite.bench.document import Document
 from memrewrite.bench.page import write_page
@@ -68,6 +68,7 @@ def test_which_are_exact(name: str, exact: bool) -> None:
         ("lr-sqrt", "velora's weights"),
         ("velora-all-16+dense+lr-sqrt", "small gradients"),
         ("dense", "how velora returns"),
+        ("velora-all-16+pushed", "how galore takes"),
         ("peft-velora-16", "needs lora"),
         ("", "name a configuration"),
         ("nothing-*", "matches"),
@@ -190,10 +191,29 @@ def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
     assert "50%" in line and "0.002 (edge)" in line  # frozen costs 0.4: half of it is kept
 
 
+def test_pairs_are_compared_run_by_run() -> None:
+    full = training("galore", {(1e-3, 0): 4.0, (2e-3, 0): None, (1e-3, 1): 5.0})
+    small = training("galore+pushed", {(1e-3, 0): 4.02, (2e-3, 0): 9.0, (1e-3, 1): 4.95})
+    for row, end in ((full, 4.2), (small, 4.5)):
+        for run in row["runs"]:
+            run["losses"] = [6.0, end]
+    (line,) = pairs.told([training("torch.compile", {(1e-3, 0): 4.0}), full, small])
+    assert line.startswith("`galore+pushed` beside `galore`, 2 runs")
+    assert "by 0.3 nats" in line and "-1.00% to +0.50%" in line
+
+
+def test_a_row_without_memory_says_why() -> None:
+    one = training("torch.compile", {(1e-3, 0): 4.0})
+    error = {"type": "TimeoutError", "stage": "memory", "message": "x", "out_of_memory": False}
+    one["failure"] = {"error": error}
+    assert problems(one) == ["torch.compile: TimeoutError at memory: x"]
+
+
 def test_the_rate_rises_then_falls() -> None:
     values = [quality._schedule(step, 100) for step in range(100)]
-    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert values[5] == 1.0 and values == [*values[:5], *sorted(values[5:], reverse=True)]
+    assert values[:5] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+    assert values[19] == values[20] == 1.0 == max(values)
+    assert values == [*sorted(values[:20]), *sorted(values[20:], reverse=True)]
     assert 0 < values[-1] < 1e-3
 
 
@@ -324,6 +344,9 @@ def test_a_page_of_nothing(tmp_path: Path) -> None:
         (["--output", "/dev/null/here"], "/dev/null/here"),
         (["train", "--lrs", "fast"], "write numbers"),
         (["train", "--lrs", "-1"], "positive"),
+        (["train", "some:model"], "brings its own inputs"),
+        (["train", "vit-small"], "no language model"),
+        (["train", "--vocab", "99"], "from 257 to 65,536"),
         (["page", "/nowhere"], r"no bench.json below"),
     ],
 )

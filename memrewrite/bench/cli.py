@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from memrewrite import shapes
-from memrewrite.bench import chart, configurations, pareto, quality
+from memrewrite.bench import chart, configurations, pairs, pareto, quality
 from memrewrite.bench.cost import Cost, Settings
 from memrewrite.bench.document import Document, title
 from memrewrite.bench.subject import Request
@@ -74,6 +74,8 @@ def write(data: dict[str, Any], folder: Path) -> None:
     tabled, legend = (loss_table, LOSS_LEGEND) if trained else (table, LEGEND)
     print(f"\n{tabled(rows)}\n\n{legend}\n")
     for line in [*data.get("warnings", ()), *(line for row in rows for line in problems(row))]:
+        print(line)
+    for line in pairs.told(rows) if trained else ():
         print(line)
     for verdict in [] if trained else pareto.verdicts(rows):
         print(pareto.told(verdict).replace("**", ""))

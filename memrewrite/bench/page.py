@@ -12,7 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from memrewrite.bench import chart, pareto, quality
+from memrewrite.bench import chart, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS
 from memrewrite.bench.document import FILE, load, title
 from memrewrite.bench.summary import problems, summarise
@@ -98,6 +98,9 @@ def _training(folder: Path, at: Path, data: Data) -> Iterator[str]:
     yield loss_table(rows, "github", _slug(folder, at))
     yield from _problems(data, rows)
     yield LOSS_LEGEND
+    alike = list(pairs.told(rows))
+    if alike:
+        yield "\n".join(f"- {line}" for line in alike)
     chart.losses(rows, title(data), at / "losses.svg")
     yield f"![loss against memory]({_name(folder, at)}/losses.svg)"
 

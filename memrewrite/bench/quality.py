@@ -128,12 +128,15 @@ def check(asked: Request) -> None:
             f"{asked.model} brings its own inputs, and bench train reads text: give it a "
             f"config.json or one of {', '.join(shapes.LLAMA)}, gpt2-small"
         )
-    model: Any = shapes.from_config(asked.model, asked.vocab, asked.layers)
-    size = getattr(model.config, "vocab_size", 0)
+    model: Any = shapes.from_config(asked.model, layers=asked.layers)
+    known = getattr(model.config, "vocab_size", None)
+    if known is None:
+        raise ValueError(f"{asked.model} is no language model, and bench train reads text")
+    size = asked.vocab or known
     if size not in VOCABULARIES:
         raise ValueError(
-            f"{asked.model} has a vocabulary of {size}; bench train needs one from "
-            f"{VOCABULARIES[0]:,} to {VOCABULARIES[-1]:,}: pass --vocab, or a language model"
+            f"{asked.model} with a vocabulary of {size:,}: bench train needs one from "
+            f"{VOCABULARIES[0]:,} to {VOCABULARIES[-1]:,}; pass --vocab"
         )
 
 
