@@ -111,9 +111,12 @@ def restore(model: N) -> N:
 
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What memrewrite holds for this model, as plain tensors: `velora.v.<weight>` of shape (M,).
+    """What memrewrite holds for this model, as plain tensors.
 
-    Empty until the first training step has calibrated them.
+    `velora.v.<weight>` (M,), and with GaLore(gradients="coordinates") `galore.p.<weight>`
+    (side, r), the projector of the next gradient, or, where a refresh is next,
+    `galore.warm.<weight>` or `galore.cold.<weight>` (other side, r + 16). Empty until the first
+    training step.
     """
     return session_of(model).state_dict()
 

@@ -52,6 +52,7 @@ class Binding:
     variant: Variant
     names: dict[int, str]  # argument position -> candidate name
     parameters: list[tuple[int, weakref.ref[Tensor]]]
+    projected: dict[int, str]  # argument position -> name of its basis
     calibrated: bool = False
 
     def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
@@ -65,7 +66,7 @@ class Binding:
             for w, v in zip(selected, vectors, strict=True)
             if w.port is not None
         ]
-        placed = [(w.position, self.names[w.position]) for w in self.variant.projected]
+        placed = [(w.position, self.projected[w.position]) for w in self.variant.projected]
         bases = [session.bases[name] for _, name in placed]
         more = [make(args[i], b, name) for (i, name), b in zip(placed, bases, strict=True)]
         return [*vectors, *ports, *(basis.p for basis in bases), *more]
@@ -131,7 +132,8 @@ class Graph:
         key = (choice, *projected)
         if key not in self.bindings:
             variant = self._variant(args, choice, projected)
-            self.bindings[key] = Binding(variant, choice.names, choice.parameters)
+            places = {position: site.candidate.name for position, site in choice.sites}
+            self.bindings[key] = Binding(variant, choice.names, choice.parameters, places)
             tell(variant.record, choice.names)
         return self.bindings[key]
 

@@ -47,7 +47,7 @@ def choose(session: Session, positions: Sequence[int], args: Sequence[Any]) -> C
             selected.append(_weight(position, wanted[0], session.velora))
     taken = {weight.position for weight in selected}
     sites = _sites(session, [p for p in positions if p not in taken], args)
-    names |= {position: site.candidate.name for position, site in sites}
+    names = {position: site.candidate.name for position, site in sites} | names
     parameters: list[Any] = [(i, weakref.ref(args[i])) for i in positions]
     return Choice(names, parameters, selected, sites)
 

@@ -12,7 +12,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,9 @@ class Session:
         basis = self.bases.get(name)
         if basis is None:
             basis = self.bases[name] = self._first(name, weight.detach(), site)
+        elif (basis.p.device, basis.p.dtype) != (weight.device, weight.dtype):
+            p = basis.p.to(weight.device, weight.dtype)
+            basis = self.bases[name] = replace(basis, p=p)
         rows, columns = weight.shape
         rank, left = (site.rank, site.left) if usual else (basis.p.shape[1], basis.left)
         shape = rows if left else columns, rank

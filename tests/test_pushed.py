@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface import gpt2, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -308,6 +309,47 @@ def test_frozen_and_thawed() -> None:
     assert not torch.equal(still, model.up.weight)
     backward(model, 12)
     assert not model.up.weight.grad.is_dense
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_every_form_of_a_weight_in_real_models(make: Any) -> None:
+    """Conv1D, an embedding that is tied to the head, biases: all that sites="all" selects."""
+    model, run = make(layers=1)
+    twin = copy.deepcopy(model)
+    galore = GaLore(2, sites="all", gradients="coordinates", update_every=3)
+    memrewrite.compile(model, galore=galore, backend="aot_eager")
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    for step in range(5):
+        twin.load_state_dict(model.state_dict())
+        twin.zero_grad()
+        torch.manual_seed(step)
+        run(model).backward()
+        torch.manual_seed(step)
+        run(twin).backward()
+        small = 0
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            if isinstance(p.grad, ProjectedGrad):
+                basis: Any = p.grad.basis
+                seen = back(project(q.grad, basis.p, basis.left), basis.p, basis.left)
+                torch.testing.assert_close(p.grad.to_dense(), seen, rtol=1e-3, atol=1e-6)
+                small += 1
+        assert small >= 6
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = memrewrite.report(model).to_dict()["optimizer"]
+    assert sum(row["gradient_after"] < row["gradient_before"] for row in rows) == small
+    assert all("not part" not in row.reason for row in memrewrite.report(model).sites)
+
+
+def test_a_model_that_moves_takes_its_bases_along() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    fit(model, optimizer, range(2))
+    model.float()
+    fresh = AdamW(model.parameters(), lr=1e-2)
+    model(batch(0).float()).square().mean().backward()
+    assert model.up.weight.grad.dtype == model.up.weight.grad.basis.p.dtype == torch.float32
+    fresh.step()
 
 
 def test_convolutions_keep_full_gradients() -> None:
