@@ -38,6 +38,17 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "optimizer state:" in done.stdout
 
 
+def test_what_sketches_hold(tmp_path: Path) -> None:
+    sizes = ("--steps", "3", "--layers", "1", "--vocab", "300", "--rank", "8")
+    paths = ("--data", str(tmp_path / "text"), "--output", str(tmp_path / "sketch.json"))
+    done = example("bench_sketch.py", *sizes, *paths)
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = json.loads((tmp_path / "sketch.json").read_text())["weights"]
+    assert list(weights) == ["0", "2"] and len(weights["0"]) == 7
+    assert all(0.5 < w["sketched"] <= 1.0 + 1e-6 for step in weights.values() for w in step)
+    assert "| step" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
