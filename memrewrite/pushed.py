@@ -45,7 +45,7 @@ def receive(
             state["projector"] = basis.p
         return (small if equal(basis.p, state["projector"]) else None), None
     failure = None
-    if fresh or sketch.is_due(done, target.galore.update_every):
+    if fresh or target.is_due(done):
         old = None if fresh else state["projector"]
         new = sketch.refresh(small, basis, old, kind.rank, kind.shape)
         if isinstance(new, projector.Refreshed):
@@ -69,7 +69,7 @@ def announce(target: Target, kind: Kind, state: dict[str, Any], r: Tensor | None
     p: Tensor = state["projector"]
     if not p.is_contiguous():  # a compiled backward is specialised to strides
         p = state["projector"] = p.contiguous()
-    if sketch.is_due(int(state["step"]), target.galore.update_every):
+    if target.is_due(int(state["step"])):
         bases[name] = sketch.start(name, target.parameter.detach(), kind.rank, kind.left, r)
         return
     known = bases.get(name)

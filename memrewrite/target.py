@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memrewrite import projector
+from memrewrite import projector, sketch
 from memrewrite.errors import UnsupportedError
 from memrewrite.options import GaLore
 from memrewrite.projection import Site
@@ -45,6 +45,12 @@ class Target:
     def pushed(self) -> bool:
         """Whether backward is asked for this gradient in coordinates."""
         return self.galore.gradients == "coordinates" and self.parameter.ndim == 2
+
+    def is_due(self, done: int) -> bool:
+        """Whether the step behind `done` others refreshes the projector."""
+        if self.pushed:
+            return sketch.is_due(done, self.galore.update_every)
+        return (done + self.offset) % self.galore.update_every == 0
 
     def kind(self, group: dict[str, Any]) -> Kind:
         p = self.parameter
@@ -121,7 +127,7 @@ def refresh_if_due(
     galore, fresh = target.galore, not state
     done = prepare(state, kind, grad, group["capturable"])
     old = None if fresh else state["projector"]
-    if not fresh and (done + target.offset) % galore.update_every and STALE not in state:
+    if not (fresh or target.is_due(done) or STALE in state):
         return None
     new = projector.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
     if isinstance(new, str):

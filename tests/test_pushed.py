@@ -260,6 +260,20 @@ def test_a_gradient_of_two_projectors_is_dense_and_still_right() -> None:
     fit(model, optimizer, range(3, 6))
 
 
+def test_gradients_that_were_made_dense_refresh_on_the_same_steps() -> None:
+    """As under DDP, whose buckets are dense."""
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    for step in range(EARLY):
+        backward(model, step)
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        assert model.up.weight.grad.is_dense
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = memrewrite.report(model).to_dict()["optimizer"]
+    assert {row["last_refresh"] for row in rows if row["decision"] == "projected"} == {EARLY}
+
+
 def test_loss_scaling() -> None:
     models = [net(), net()]
     optimizers = [AdamW(m.parameters(), lr=1e-2) for m in models]

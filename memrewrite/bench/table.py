@@ -15,8 +15,9 @@ memory: the highest of forward, backward, step and refresh: what is physically t
 idle process, plus weights, buffers and optimizer state to the byte. predicted: what
 `memrewrite.estimate` says of it. saved: what autograd keeps after one forward. step s: the median;
 ratio: the median of the ratios to the baseline's step of the same round, quartiles in brackets.
-first s: the first step, compilation included, caches empty. off: relative error of all gradients
-of the first step against the exact ones."""
+first s: the first step, compilation included, caches empty (with `pushed` the first two, each of
+which compiles). off: relative error of all gradients of the first step against
+the exact ones."""
 
 
 def table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str = "") -> str:
