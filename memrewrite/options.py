@@ -32,7 +32,9 @@ class VeLoRA:
     lr_scale: factor on Adam's step of the compressed weights, their decay apart. Under Adam
         |v| cancels and a step moves W along sign(v), which moves the layer's output up to
         sqrt(M) times further than an ordinary one: "sqrt" divides by that. Applies to small
-        gradients alone; 1.0 is the paper's.
+        gradients alone. 1.0 is the paper's; None, the default, is "sqrt" where gradients are
+        small, because it was far better at equal learning rates and at each row's best one
+        (docs/results), and 1.0 where they are not.
     gradients: "coordinates": backward returns a compressed weight's gradient as the (O, G)
         numbers that it is made of (`weight.grad` is a ProjectedGrad, of the full shape to
         whoever looks), and Adam keeps moments of these alone, exactly. "dense": the full
@@ -46,7 +48,7 @@ class VeLoRA:
     sites: Sites = "auto"
     scale: float = 1.0
     init: Literal["batch_mean", "running_mean", "ones", "random"] = "batch_mean"
-    lr_scale: float | Literal["sqrt"] = 1.0
+    lr_scale: float | Literal["sqrt"] | None = None
     gradients: Literal["coordinates", "dense"] = "coordinates"
 
     def __post_init__(self) -> None:
@@ -56,12 +58,11 @@ class VeLoRA:
         _check_finite("scale", self.scale)
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is none of {', '.join(map(repr, INITS))}")
-        if self.lr_scale != "sqrt":
+        if self.lr_scale not in ("sqrt", None):
             _check_finite("lr_scale", self.lr_scale)
-            if self.lr_scale <= 0:
+            if isinstance(self.lr_scale, int | float) and self.lr_scale <= 0:
                 raise ValueError(f"lr_scale={self.lr_scale} is not positive")
-        dense = self.gradients == "dense" or self.init == "running_mean"
-        if self.lr_scale != 1.0 and dense:
+        if self.lr_scale not in (1.0, None) and self.full_gradients:
             raise UnsupportedError(
                 f"lr_scale={self.lr_scale!r} acts on small gradients, which gradients='dense' and "
                 "init='running_mean' turn off; give the compressed weights an optimizer parameter "
@@ -72,7 +73,15 @@ class VeLoRA:
     @property
     def step_scale(self) -> float:
         """lr_scale as a number."""
-        return self.subtoken_size**-0.5 if self.lr_scale == "sqrt" else self.lr_scale
+        if isinstance(self.lr_scale, int | float):
+            return self.lr_scale
+        ours = self.lr_scale == "sqrt" or not self.full_gradients
+        return self.subtoken_size**-0.5 if ours else 1.0
+
+    @property
+    def full_gradients(self) -> bool:
+        """Whether no gradient is small, whatever the layer."""
+        return self.gradients == "dense" or self.init == "running_mean"
 
 
 @dataclass(frozen=True)

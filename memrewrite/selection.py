@@ -69,8 +69,7 @@ def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weigh
     parameter = candidate.parameter
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     size, port = velora.subtoken_size, None
-    coordinates = velora.gradients == "coordinates" and velora.init != "running_mean"
     wrapper = hasattr(parameter, "__tensor_flatten__")  # a DTensor, a quantised weight
-    if coordinates and candidate.kind == "linear" and not wrapper:
+    if not velora.full_gradients and candidate.kind == "linear" and not wrapper:
         port = (parameter.shape[0], -(-parameter.shape[1] // size))
     return Weight(position, size, dtype, parameter.device, port)

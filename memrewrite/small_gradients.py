@@ -65,7 +65,7 @@ def _same_vector(parameter: nn.Parameter, state: dict[str, Any], attachment: Att
 
 def _warn_of_scale(parameter: nn.Parameter, reason: str, attachment: Attachment) -> None:
     velora = attachment.ported[id(parameter)].velora
-    if velora is not None and velora.lr_scale != 1.0:
+    if velora is not None and velora.lr_scale not in (1.0, None):
         attachment.warn_once(
             "scale",
             f"lr_scale={velora.lr_scale!r} does not act on a compressed weight "
@@ -115,7 +115,9 @@ def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
 def warn_of_full_gradients(session: Session) -> None:
     """Compressed weights whose gradients stay full, where a scale of their step was asked for."""
     velora = session.velora
-    if velora is None or velora.lr_scale == 1.0 or session.scale_checked or not session.graphs:
+    if velora is None or velora.lr_scale in (1.0, None):
+        return
+    if session.scale_checked or not session.graphs:
         return
     session.scale_checked = True
     small = {id(p) for p in session.ported()}

@@ -182,7 +182,7 @@ def test_ten_steps_under_a_schedule_compile_once_and_follow_the_eager_update() -
 def test_small_gradients_train_as_full_ones_and_a_step_allocates_no_matrix() -> None:
     model, run = llama(layers=1)
     other = copy.deepcopy(model)
-    small = VeLoRA(subtoken_size=8, sites="all")
+    small = VeLoRA(subtoken_size=8, sites="all", lr_scale=1.0)
     memrewrite.compile(model, velora=small)
     memrewrite.compile(other, velora=replace(small, gradients="dense"), backend="aot_eager")
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (model, other)]

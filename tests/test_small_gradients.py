@@ -38,6 +38,7 @@ class Net(nn.Module):
 
 def net(gradients: Any = "coordinates", seed: int = 0, **options: Any) -> Net:
     torch.manual_seed(seed)
+    options = {"lr_scale": 1.0, **options}  # the trajectory of full gradients
     velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients, **options)
     return memrewrite.compile(Net().double(), velora=velora, backend="aot_eager")
 
@@ -112,10 +113,10 @@ def test_a_hundred_steps_in_double_precision() -> None:
     same(*models)
 
 
-@pytest.mark.parametrize("scale", ["sqrt", 0.25])
+@pytest.mark.parametrize("scale", ["sqrt", 0.25, None])
 def test_the_step_is_scaled_and_the_decay_is_not(scale: Any) -> None:
     ours, theirs = net(lr_scale=scale), net("dense")
-    factor = M**-0.5 if scale == "sqrt" else scale
+    factor = scale if isinstance(scale, float) else M**-0.5
     fit(ours, AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1), range(6))
     weights = [theirs.up.weight, theirs.down.weight]
     slow = {"params": weights, "lr": 1e-2 * factor, "weight_decay": 0.1 / factor}
