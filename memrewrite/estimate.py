@@ -255,7 +255,8 @@ def _with_sketches(
     records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
     records = [record for record in records if not record.inference]
     peaks = _program(fake, records, "after", kept, symbols_of(records))
-    found = [peaks.forward_peak, peaks.backward_peak]
+    bases = sum(basis.p.nbytes for basis in traced.bases.values())  # beside the projectors
+    found = [peaks.forward_peak + bases, peaks.backward_peak + bases]
     found += [] if program.refresh_peak is None else [program.refresh_peak]
     return replace(program, refresh_peak=largest(found))
 

@@ -28,7 +28,7 @@ from memrewrite.record import GraphRecord, InputRecord, KeptRecord
 from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.provenance import module_of, operation_of
-from passes.rerun import choose_reruns, freed_operations
+from passes.rerun import choose_reruns, freed_operations, pushed_operations
 from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
 from passes.sums import keep_sums
 
@@ -60,7 +60,7 @@ class Compile:
     record: GraphRecord | None = None
     plain: Graph | None = None  # the joint graph before any pass
     groups: list[list[WeightGradient]] = field(default_factory=list)
-    freed: float = 0.0  # operations that the fold removed
+    freed: float = 0.0  # operations that folding and pushing removed
 
 
 def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> None:
@@ -71,7 +71,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
     state.record.inputs = _inputs(state.groups, {weight for weight, _ in plan.vectors})
     state.record.symbols = _symbols(gm.graph)
     state.plain = copy_graph(gm.graph)
-    freed = _freed(found.gradients, dict(plan.vectors), gm.graph)
+    freed = _freed(found.gradients, plan, gm.graph)
     try:
         record = state.record
         record.show("joint", listing(gm.graph))
@@ -227,13 +227,13 @@ def hint(size: Any) -> int:
     return int(size)
 
 
-def _freed(gradients: Sequence[WeightGradient], vectors: dict[int, int], graph: Graph) -> float:
+def _freed(gradients: Sequence[WeightGradient], plan: Plan, graph: Graph) -> int:
     places = arguments(graph)
-    return sum(
-        hint(freed_operations(g, places[vectors[g.weight]].meta["val"].shape[0]))
-        for g in gradients
-        if g.weight in vectors
-    )
+    sizes = {w: places[v].meta["val"].shape[0] for w, v in plan.vectors}
+    ranks = {p.weight: places[p.projector].meta["val"].shape[1] for p in plan.projections}
+    folded = [freed_operations(g, sizes[g.weight]) for g in gradients if g.weight in sizes]
+    pushed = [pushed_operations(g, ranks[g.weight]) for g in gradients if g.weight in ranks]
+    return sum(map(hint, [*folded, *pushed]))
 
 
 def _absent(graph: Graph, weights: list[int]) -> list[int]:

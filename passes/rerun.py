@@ -5,7 +5,8 @@
     backward reads y                          x (rebuilt) --> mm(x, Wt) --> backward reads y
 
 Identity: none is needed; a function of what backward has anyway may be computed there.
-Folding removes 2 N O (D - G) operations per compressed weight. Rerunning y = x W^T costs
+Folding removes 2 N O (D - G) operations per compressed weight, and pushing a projection of rank r
+2 N (O D - r (O + D)) per projected one. Rerunning y = x W^T costs
 2 N O D and frees its N O numbers, so the kept outputs with the shortest inner dimension
 go first, as long as the budget lasts. Only outputs whose operands backward can rebuild
 without another matmul, or has, are chosen. Reads the graph only; the choice is carried
@@ -31,11 +32,21 @@ MATMULS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default
 
 def freed_operations(gradient: WeightGradient, subtoken_size: int) -> Any:
     """Multiply-adds, times two, that folding this gradient removes."""
-    value, x = gradient.matmul.meta["val"], gradient.operand.meta["val"]
+    groups = -(-gradient.features // subtoken_size)
+    rows, out = _rows_and_outputs(gradient)
+    return 2 * rows * out * (gradient.features - groups)
+
+
+def pushed_operations(gradient: WeightGradient, rank: int) -> Any:
+    """Those that projecting an operand to this rank removes; none where it adds some."""
     features = gradient.features
-    groups = -(-features // subtoken_size)
-    rows = x.numel() // features
-    return 2 * rows * (value.numel() // features) * (features - groups)
+    rows, out = _rows_and_outputs(gradient)
+    return 2 * rows * max(0, out * features - rank * (out + features))
+
+
+def _rows_and_outputs(gradient: WeightGradient) -> tuple[Any, int]:
+    value, x = gradient.matmul.meta["val"], gradient.operand.meta["val"]
+    return x.numel() // gradient.features, value.numel() // gradient.features
 
 
 def operations(matmul: Node) -> Any:

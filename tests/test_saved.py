@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from memrewrite.partition import hint
 from passes.base import aten, call
-from passes.rerun import choose_reruns, freed_operations, operations
+from passes.rerun import choose_reruns, freed_operations, operations, pushed_operations
 from passes.saved import exclusive_inputs, kept_for_backward, readers
 
 
@@ -147,3 +147,5 @@ def test_freed_operations_count_the_narrower_matmul() -> None:
     gm = joint_graph(fn, [torch.randn(6, 20)], [torch.randn(2, 5, 20)])
     (gradient,) = weight_gradients(gm.graph, {0}).gradients
     assert freed_operations(gradient, 8) == 2 * 10 * 6 * (20 - 3)
+    assert pushed_operations(gradient, 2) == 2 * 10 * (6 * 20 - 2 * (6 + 20))
+    assert pushed_operations(gradient, 5) == 0

@@ -105,7 +105,8 @@ def _mb(found: Mapping[str, Any], key: str, ratio: bool = True) -> str:
 LOSS_LEGEND = """\
 loss: validation, nats per token, mean over the seeds at the row's best learning rate, least and
 most in brackets. delta: to the baseline with the same seed. kept: of what training these weights is
-worth, 1 - delta / (delta of the frozen control of the same sites). (edge): the best learning rate
+worth, 1 - delta / (delta of the frozen control of the same sites), where that control is worse than
+the baseline. (edge): the best learning rate
 is the sweep's least or largest. memory: of a training step, as in the cost bench."""
 
 
@@ -141,7 +142,7 @@ def _loss_cells(row: Mapping[str, Any], frozen: Mapping[str, float], anchors: st
         delta = f"{found['delta']:+.3f} [{least:+.3f}, {most:+.3f}]"
         configuration = row["configuration"]
         worth = frozen.get(configuration["sites"]) if configuration["velora"] else None
-        if worth and not configuration["galore"]:
+        if worth is not None and worth > 0 and not configuration["galore"]:
             kept = f"{1 - found['delta'] / worth:.0%}"
     return [
         name,
