@@ -146,22 +146,20 @@ class Graph:
         return self.variants[wanted]
 
     def _compile_both(self, args: Sequence[Any]) -> None:
-        """The steps between refreshes too: outside Dynamo a dynamic graph cannot be compiled."""
-        choice = self._choice(args)
-        usual = [self.session.projected(i, site, usual=True) for i, site in choice.sites]
-        self.variants[(tuple(w.position for w in choice.selected), *usual)] = self._compile(
-            args, choice.selected, usual, again=False
-        )
+        """For a refresh and between two: outside Dynamo a dynamic graph cannot be compiled."""
+        choice, known = self._choice(args), dict(self.variants)
+        self.variants = {}
+        for usual in (True, False):
+            projected = [self.session.projected(i, s, s.left is usual) for i, s in choice.sites]
+            wanted = (tuple(w.position for w in choice.selected), *projected)
+            known[wanted] = known.get(wanted) or self._compile(args, choice.selected, projected)
+        self.variants = known
 
     def _compile(
-        self,
-        args: Sequence[Any],
-        selected: list[Weight],
-        projected: list[ProjectedWeight],
-        again: bool = True,
+        self, args: Sequence[Any], selected: list[Weight], projected: list[ProjectedWeight]
     ) -> Variant:
         velora = self.session.velora
-        if again and self.variants and self.dynamic:
+        if self.variants and self.dynamic:
             return self._uncompiled()
         outputs, gm = None, self.gm
         observed: list[Weight] = []

@@ -69,8 +69,10 @@ def announce(target: Target, kind: Kind, state: dict[str, Any], r: Tensor | None
     p: Tensor = state["projector"]
     if not p.is_contiguous():  # a compiled backward is specialised to strides
         p = state["projector"] = p.contiguous()
-    if target.is_due(int(state["step"])):
-        bases[name] = sketch.start(name, target.parameter.detach(), kind.rank, kind.left, r)
+    done = int(state["step"])
+    if target.is_due(done):
+        like = target.parameter.detach()
+        bases[name] = sketch.start(name, like, kind.rank, kind.left, r, done)
         return
     known = bases.get(name)
     if known is None or known.p is not p:

@@ -39,21 +39,33 @@ def is_due(done: int, every: int) -> bool:
     return done % every == 0 or (done in EARLY and done < every)
 
 
-def start(name: str, like: Tensor, rank: int, left: bool, columns: Tensor | None = None) -> Sketch:
-    """The basis of the next sketch of a weight (O, D).
+def width(rank: int, other: int) -> int:
+    """Columns of a sketch's basis."""
+    return min(rank + OVERSAMPLING, other)
+
+
+def start(
+    name: str,
+    like: Tensor,
+    rank: int,
+    left: bool,
+    columns: Tensor | None = None,
+    done: int = 0,
+) -> Sketch:
+    """The basis of the next sketch of a weight (O, D), behind `done` steps.
 
     columns: the latest R, (r, D) or (O, r); without it all of the basis is random, the same
-    for the same name.
+    for the same name and step, on every rank.
     """
     other = like.shape[1] if left else like.shape[0]
-    width = min(rank + OVERSAMPLING, other)
+    columns_of_b = width(rank, other)
     wide = torch.promote_types(like.dtype, torch.float32)
     warm = None if columns is None else _columns(columns, left).to(wide)  # (other, r)
     if warm is not None and not (bool(torch.isfinite(warm).all()) and bool(warm.any())):
         warm = None
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    known = 0 if warm is None else min(rank, width)
-    drawn = torch.randn(other, width - known, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {done}".encode()))
+    known = 0 if warm is None else min(rank, columns_of_b)
+    drawn = torch.randn(other, columns_of_b - known, generator=generator, dtype=torch.float64)
     drawn = drawn.to(like.device, wide)
     parts = [drawn] if warm is None else [warm / warm.norm(), drawn]
     basis: Tensor = torch.linalg.qr(torch.cat(parts, 1)).Q  # (other, k)

@@ -88,8 +88,8 @@ class Session:
         found = [dict(binding.parameters)[position]() for binding, position in places]
         return list({id(p): p for p in found if p is not None}.values())
 
-    def projected(self, position: int, site: Site, usual: bool = False) -> ProjectedWeight:
-        """What the next backward returns of a weight; `usual`: between refreshes."""
+    def projected(self, position: int, site: Site, left: bool | None = None) -> ProjectedWeight:
+        """What the next backward returns of a weight, or one that projects this side of it."""
         name, weight = site.candidate.name, site.candidate.parameter
         basis = self.bases.get(name)
         if basis is None:
@@ -98,8 +98,10 @@ class Session:
             p = basis.p.to(weight.device, weight.dtype)
             basis = self.bases[name] = replace(basis, p=p)
         rows, columns = weight.shape
-        rank, left = (site.rank, site.left) if usual else (basis.p.shape[1], basis.left)
-        shape = rows if left else columns, rank
+        left = basis.left if left is None else left
+        side = rows if left else columns
+        rank = site.rank if left is site.left else sketch.width(site.rank, side)
+        shape = side, rank
         port = (rank, columns) if left else (rows, rank)
         return ProjectedWeight(position, shape, left, port, weight.dtype, weight.device)
 
