@@ -7,7 +7,8 @@ compiled program; peaks are predictions from the liveness of its graphs.
     forward    weights + state + what the forward holds at its worst moment
     backward   weights + state + what is still saved, temporaries, gradients so far
     step       weights + state + all gradients + the optimizer's temporaries
-    refresh    the same with a projector's decomposition in place of them
+    refresh    the same with a projector's decomposition in place of them; or the worst moment of
+               a step whose gradients are sketched, where they come in coordinates
 
 Code, the interpreter and what a library keeps for itself are not in these figures.
 """
