@@ -25,7 +25,7 @@ INTRO = """\
 Written by `python -m memrewrite bench page docs/results` from the JSON files in these folders:
 nothing here is typed by hand but the notes. Every row that was measured is printed, those that we
 lose too. Ratios are to `torch.compile` with fused AdamW, unless a row says otherwise."""
-HEADLINE = (*SETS["quick"], "galore", "velora-all-16+galore")
+HEADLINE = (*SETS["quick"], "galore-torch", "galore", "galore+pushed")
 
 
 def write_page(folder: Path) -> Path:
