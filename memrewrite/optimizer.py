@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
 from memrewrite.errors import UnsupportedError, warn
+from memrewrite.factored import FactoredKind
 from memrewrite.projected import ProjectedGrad
 from memrewrite.projection import Selection, sites_of
 from memrewrite.pushed import announce, given, is_small, receive
@@ -88,7 +89,9 @@ def updates_of(session: Session) -> list[Update]:
         kinds |= known | {given(kind) for kind in known}
         kinds |= {k for i, k in attachment.factored.items() if attachment.ported[i] is session}
     backend = session.engine.backend
-    return [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
+    found = [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
+    # Not in the order of the process: another model may have compiled some of them before.
+    return sorted(found, key=lambda u: (isinstance(u.kind, FactoredKind), str(u.kind)))
 
 
 # --- which parameters, and whether all is well ----------------------------------------------
