@@ -78,7 +78,7 @@ def refresh(
     """The new P from a gradient in the coordinates of `basis`, or why there is none.
 
     Its energy is an estimate of what P holds of the full gradient of `shape`: P was fitted to the
-    random columns that it is estimated from, so it is rather too high (by 4 % where measured).
+    random columns that it is estimated from, so it is rather too high (a median of 2 to 8 % where measured).
     """
     s = _columns(sketch, basis.left)  # (side, k)
     found = projector.refresh(s, old, rank, left=True, method="svd", seed=0)
