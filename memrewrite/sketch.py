@@ -77,8 +77,9 @@ def refresh(
 ) -> Refreshed | str:
     """The new P from a gradient in the coordinates of `basis`, or why there is none.
 
-    Its energy is an estimate of what P holds of the full gradient of `shape`: P was fitted to the
-    random columns that it is estimated from, so it is rather too high (a median of 2 to 8 % where measured).
+    Its energy is an estimate of what P holds of the full gradient of `shape`. P was fitted to the
+    random columns that it is made from, so it is rather too high: a median of 2 to 8 % where
+    measured.
     """
     s = _columns(sketch, basis.left)  # (side, k)
     found = projector.refresh(s, old, rank, left=True, method="svd", seed=0)
