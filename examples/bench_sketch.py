@@ -9,6 +9,7 @@ best        the energy |P^T G|^2 / |G|^2 of the r leading singular vectors of G
 randomized  what GaLore's refresh from G itself holds of that best
 sketched    what the P that was made from the sketch holds of it
 seen        the share of |G|^2 that the sketch's basis sees: the update of that step goes by it
+one, half   what P from the full gradient of one sequence of the batch, of half of them, holds of it
 told        the energy in `memrewrite.report`, an estimate, by the true one of that P
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -32,7 +34,7 @@ from memrewrite.bench.subject import Request
 from memrewrite.bench.text import batches, stdlib_ids
 
 WARM_UP = 80  # steps
-KEYS = ("best", "randomized", "sketched", "seen", "told")
+KEYS = ("best", "randomized", "sketched", "one", "half", "seen", "told")
 
 
 def energy(g: Tensor, p: Tensor) -> float:
@@ -45,18 +47,26 @@ def sketched(model: Any) -> dict[str, Any]:
     return {n: p for n, p in named if isinstance(getattr(p.grad, "basis", None), Sketch)}
 
 
-def rows(model: Any, optimizer: Any, gradients: dict[str, Tensor], seen: dict[str, float]) -> Any:
-    """One per weight that was refreshed in this step."""
+def full(plain: Any, names: Iterable[str], batch: Tensor) -> dict[str, Tensor]:
+    """The gradients of some weights on some sequences."""
+    plain.zero_grad()
+    plain(input_ids=batch, labels=batch).loss.backward()
+    return {name: plain.get_parameter(name).grad for name in names}
+
+
+def rows(model: Any, optimizer: Any, computed: Sequence[Any], seen: dict[str, float]) -> Any:
+    """One per weight that was refreshed in this step; computed: gradients of all, one, half."""
     told = {r["name"]: r["energy"] for r in memrewrite.report(model).to_dict()["optimizer"]}
     for name, part in seen.items():
-        g, weight = gradients[name], model.get_parameter(name)
+        g, *parts = (gradients[name] for gradients in computed)
+        weight = model.get_parameter(name)
         p = optimizer.state[weight]["projector"]
         rank, left = p.shape[1], g.shape[0] < g.shape[1]
         squares = torch.linalg.svdvals(g).square()
         best = float(squares[:rank].sum() / squares.sum())
-        randomized: Any = projector.refresh(g, None, rank, left, "randomized", seed=0)
-        found = energy(g, p)
-        shares = (best, randomized.energy / best, found / best, part)
+        made: Any = [projector.refresh(x, None, rank, left, "randomized", 0) for x in (g, *parts)]
+        found, others = energy(g, p), [energy(g, one.projector) / best for one in made]
+        shares = (best, others[0], found / best, *others[1:], part)
         yield dict(zip(KEYS, (*shares, told[name.removesuffix(".weight")] / found), strict=True))
 
 
@@ -82,19 +92,17 @@ def main() -> None:
     for step, batch in enumerate(islice(batches(ids, 8, 128, 0), args.steps)):
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / WARM_UP)
         model(input_ids=batch, labels=batch).loss.backward()
-        due, gradients = sketched(model), {}
+        due, computed = sketched(model), []
         if due:
             plain.load_state_dict(model.state_dict())
-            plain.zero_grad()
-            plain(input_ids=batch, labels=batch).loss.backward()
-            gradients = {n: plain.get_parameter(n).grad for n in due}
-        norms = {n: p.grad.norm() / gradients[n].norm() for n, p in due.items()}
+            computed = [full(plain, due, batch[:count]) for count in (8, 1, 4)]
+        norms = {n: p.grad.norm() / computed[0][n].norm() for n, p in due.items()}
         seen = {name: float(norm) ** 2 for name, norm in norms.items()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if due:
-            found[step] = list(rows(model, optimizer, gradients, seen))
+            found[step] = list(rows(model, optimizer, computed, seen))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     args.output.write_text(json.dumps({"settings": settings, "weights": found}, indent=1) + "\n")

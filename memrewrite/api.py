@@ -40,7 +40,7 @@ def passes_for(plan: Plan) -> list[Pass]:
         found.append(compress_saved_inputs(dict(plan.vectors), weights, plan.scale))
         found.append(fold_reconstruction())
     if plan.ports:
-        found.append(return_coordinates(dict(plan.ports)))
+        found.append(return_coordinates(plan.ports))
     if plan.projections:
         found += [return_projections(plan.projections), push_projections()]
     return [*found, lower_ir_ops()] if found else []

@@ -13,34 +13,39 @@ from passes.ops import project_back, reconstruct
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """The basis I (x) v: dense = (A (x) v)[:, :D] with A (O, G), v (M,) of length one."""
+    """The basis I (x) v, v (M,) of length one: dense = (A (x) v)[:, :D] with A (O, G);
+
+    if left, that of a transposed weight (D, O): dense = (A^T (x) v)[:, :D]^T with A (G, O).
+    """
 
     v: Tensor
+    left: bool = False
 
     def __str__(self) -> str:
         return f"v={tuple(self.v.shape)}"
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
         """The shape of A, for a gradient of `shape`."""
-        return shape[0], -(-shape[1] // len(self.v))
+        return small_shape(shape, len(self.v), self.left)
 
     def dense(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-        return reconstruct(coordinates, self.v, shape[1])
+        return spread(coordinates, self.v, shape, self.left)
 
     def isometric(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
         """Numbers with the norm of the dense value: the last sub-token may be cut short."""
-        left = shape[1] % len(self.v)
-        if not left:
+        side = 0 if self.left else 1
+        rest = shape[side] % len(self.v)
+        if not rest:
             return coordinates
-        weights = coordinates.new_ones(coordinates.shape[1])
-        weights[-1] = self.v[:left].norm()
-        return coordinates * weights
+        weights = coordinates.new_ones(coordinates.shape[side])
+        weights[-1] = self.v[:rest].norm()
+        return coordinates * (weights[:, None] if self.left else weights)
 
     def same(self, other: object) -> bool:
-        return isinstance(other, Vector) and equal(self.v, other.v)
+        return isinstance(other, Vector) and self.left == other.left and equal(self.v, other.v)
 
     def to(self, device: torch.device) -> Vector:
-        return self if self.v.device == device else Vector(self.v.to(device))
+        return self if self.v.device == device else Vector(self.v.to(device), self.left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,19 @@ class Sketch(Projector):
 
 
 Basis = Vector | Projector
+
+
+def small_shape(shape: Sequence[int], size: int, left: bool) -> tuple[int, int]:
+    """Of the coordinates of a weight of `shape`, for sub-tokens of `size` channels."""
+    groups = -(-shape[0 if left else 1] // size)
+    return (groups, shape[1]) if left else (shape[0], groups)
+
+
+def spread(small: Tensor, w: Tensor, shape: Sequence[int], left: bool) -> Tensor:
+    """small (x) w, of the weight's shape."""
+    if left:
+        return reconstruct(small.t(), w, shape[0]).t()
+    return reconstruct(small, w, shape[1])
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -62,7 +62,7 @@ class Binding:
         vectors = [session.vector(n, w) for n, w in zip(names, selected, strict=True)]
         make: Any = Port.apply
         ports = [
-            make(args[w.position], Vector(v), self.names[w.position])
+            make(args[w.position], Vector(v, w.left), self.names[w.position])
             for w, v in zip(selected, vectors, strict=True)
             if w.port is not None
         ]

@@ -4,6 +4,8 @@ State of such a weight, plain tensors in `optimizer.state[p]`:
 
     step ()   exp_avg, exp_avg_sq (O, G)   [max_exp_avg_sq (O, G)]   vector (M,)
 
+where the weight is (D, O), moments are (G, O).
+
 The trajectory is that of stock Adam on the full gradient (`passes.factor`). Where the next
 update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
 the full-size moments that it stands for, exactly, and stock Adam goes on.
@@ -20,7 +22,7 @@ from torch.fx import Graph
 
 from memrewrite import pipeline
 from memrewrite.backend import Engine, compile_update
-from memrewrite.basis import Vector
+from memrewrite.basis import Vector, spread
 from memrewrite.listing import listing
 from memrewrite.projected import ProjectedGrad
 from memrewrite.update import Update, add_input, capture
@@ -28,7 +30,6 @@ from passes.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass
 from passes.factor import SQUARE, V, factor_updates
 from passes.lower import lower_ir_ops
-from passes.ops import reconstruct
 from passes.pieces import cut
 
 VECTOR = "vector"
@@ -45,7 +46,7 @@ class FactoredKind:
     update, whose number of rows is dynamic, and `shape` is an example.
     """
 
-    shape: tuple[int, int]  # of W: (O, D), or rows of (M,)
+    shape: tuple[int, int]  # of W: (O, D), or rows of (M,); (D, O) if left
     dynamic: bool
     dtype: torch.dtype
     device: torch.device
@@ -54,15 +55,17 @@ class FactoredKind:
     maximize: bool
     decays: bool
     decoupled: bool = True
+    left: bool = False
 
 
-def kind_of(parameter: nn.Parameter, size: int, group: dict[str, Any]) -> FactoredKind:
+def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> FactoredKind:
     """The update that a parameter takes in its group."""
     flags = group["amsgrad"], group["maximize"], group["weight_decay"] != 0
-    rows, columns = parameter.shape
-    dynamic = columns % size == 0 and parameter.is_contiguous()
+    rows, columns, size = *parameter.shape, len(basis.v)
+    dynamic = columns % size == 0 and parameter.is_contiguous() and not basis.left
     shape = (EXAMPLE, size) if dynamic else (rows, columns)
-    return FactoredKind(shape, dynamic, parameter.dtype, parameter.device, size, *flags)
+    described = shape, dynamic, parameter.dtype, parameter.device, size, *flags
+    return FactoredKind(*described, left=basis.left)
 
 
 def build(kind: FactoredKind, engine: Engine) -> Update:
@@ -77,7 +80,7 @@ def build(kind: FactoredKind, engine: Engine) -> Update:
 
     held = {place: basis for place, basis in HELD.items() if place < 4 or kind.amsgrad}
     todo = [hyperparameters_as_inputs(), lower_fused_adam()]
-    todo += [factor_updates(0, at, held), lower_ir_ops()]
+    todo += [factor_updates(0, at, held, kind.left), lower_ir_ops()]
     steps = pipeline.run(gm, todo, after)
     pieces = cut(gm, vector_dtype)
     return Update(kind, traced, steps, pieces, compile_update(pieces.body, engine, kind.dynamic))
@@ -142,6 +145,7 @@ def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str
     for name, basis in MOMENTS.items():
         if name in state:
             w = v * v if basis == SQUARE else v
-            state[name] = reconstruct(state[name], w, parameter.shape[1])
+            left = state[name].shape[0] != parameter.shape[0]  # alike only where M is 1, v too
+            state[name] = spread(state[name], w, parameter.shape, left)
     if group["fused"] or group["capturable"]:
         state["step"] = state["step"].to(parameter.device)

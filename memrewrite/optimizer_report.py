@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,8 +107,8 @@ def _factored(
     assert session.velora is not None
     name = next((n for n, p in model.named_parameters() if p is parameter), "")
     mine = served.get(id(parameter), NOBODY)
-    groups = -(-parameter.shape[1] // session.velora.subtoken_size)
-    small = parameter.shape[0] * groups * parameter.element_size()
+    shape = session.coordinates()[id(parameter)]
+    small = math.prod(shape) * parameter.element_size()
     plain = mine.state and VECTOR not in mine.state
     reason = "its state became full-size: see the warning" if plain else ""
     return OptimizerRow(
@@ -115,7 +116,7 @@ def _factored(
         tuple(parameter.shape),
         "plain" if plain else "factored",
         reason,
-        "right",
+        "left" if shape[0] != parameter.shape[0] else "right",
         None,
         mine.moments * parameter.nbytes,
         _held(mine.state) or mine.moments * small,

@@ -81,7 +81,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
 
         record.passes = [step.to_json() for step in pipeline.run(gm, todo, after)]
         state.freed = freed
-        record.ported = _absent(gm.graph, [weight for weight, _ in plan.ports])
+        record.ported = _absent(gm.graph, [ported.weight for ported in plan.ports])
         record.projected = _absent(gm.graph, [one.weight for one in plan.projections])
     except Exception as error:
         log.exception("the rewrite was undone")

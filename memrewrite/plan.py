@@ -12,6 +12,7 @@ import torch
 
 import passes
 from passes.base import Pass
+from passes.port import Ported
 from passes.push import Projected
 
 
@@ -23,7 +24,7 @@ class Plan:
     buffers: tuple[int, ...]  # arguments that are the model's buffers
     vectors: tuple[tuple[int, int], ...]  # selected weight -> its v
     scale: float
-    ports: tuple[tuple[int, int], ...] = ()  # selected weight -> its port
+    ports: tuple[Ported, ...] = ()
     projections: tuple[Projected, ...] = ()
 
     @property
@@ -45,6 +46,7 @@ class Weight:
     dtype: torch.dtype  # of v
     device: torch.device
     port: tuple[int, int] | None = None  # the shape of its small gradient, where it has a port
+    left: bool = False  # W is (D, O)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def make_plan(
         buffers=tuple(buffers),
         vectors=tuple((w.position, arguments + i) for i, w in enumerate(selected)),
         scale=scale,
-        ports=tuple((w.position, at + i) for i, w in enumerate(ported)),
+        ports=tuple(Ported(w.position, at + i, w.left) for i, w in enumerate(ported)),
         projections=tuple(
             Projected(w.position, ends + i, bases + i, w.left) for i, w in enumerate(projected)
         ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memrewrite.basis import small_shape
 from memrewrite.options import VeLoRA
 from memrewrite.plan import Weight
 from memrewrite.projection import Site, sites_of
@@ -70,6 +71,7 @@ def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weigh
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     size, port = velora.subtoken_size, None
     wrapper = hasattr(parameter, "__tensor_flatten__")  # a DTensor, a quantised weight
-    if not velora.full_gradients and candidate.kind == "linear" and not wrapper:
-        port = (parameter.shape[0], -(-parameter.shape[1] // size))
-    return Weight(position, size, dtype, parameter.device, port)
+    left = candidate.kind == "conv1d"
+    if not velora.full_gradients and candidate.kind in ("linear", "conv1d") and not wrapper:
+        port = small_shape(parameter.shape, size, left)
+    return Weight(position, size, dtype, parameter.device, port, left)

@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ LLAMA = {
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
 NAMES = (*LLAMA, "gpt2-small", "vit-small")
+DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # as configs name it
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -104,16 +106,21 @@ def from_config(
     layers: int | None = None,
     device: str = "meta",
     dtype: torch.dtype | None = None,
+    dropout: bool = True,
 ) -> nn.Module:
     """A causal language model, or an image classifier where the config is one's.
 
-    On the meta device it takes no memory. Raises ValueError for an unknown one.
+    On the meta device it takes no memory. Without `dropout` it has none. Raises ValueError for
+    an unknown one.
     """
     config = _config(name)
     if vocab is not None:
         config.vocab_size = vocab
     if layers is not None:
         config.num_hidden_layers = layers
+    if not dropout:
+        for key in [k for k, v in vars(config).items() if v and DROPOUT.search(k)]:
+            setattr(config, key, 0.0)
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     images = "image_size" in vars(config)

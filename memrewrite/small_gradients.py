@@ -38,7 +38,7 @@ def takes(
         reason = "its v was replaced while the moments stayed"
     if reason is None:
         grad: Any = parameter.grad
-        kind = kind_of(parameter, len(grad.basis.v), group)
+        kind = kind_of(parameter, grad.basis, group)
         attachment.factored[id(parameter)] = kind
         if not state:
             state.update(initialise(kind, grad, group["capturable"]))
@@ -133,7 +133,7 @@ def warn_of_full_gradients(session: Session) -> None:
         name, shape = next(iter(full.items()))
         warn(
             f"lr_scale={velora.lr_scale!r} does not act on {len(full)} compressed weights whose "
-            f"gradients stay full-size (for one, {name} {shape}: shared, or transposed); give "
+            f"gradients stay full-size (for one, {name} {shape}: shared, or no layer's own); give "
             "them an optimizer parameter group of their own"
         )
 

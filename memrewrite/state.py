@@ -74,6 +74,18 @@ class Session:
         """The weights whose gradients come as A (x) v, in the graphs compiled so far."""
         return self._returned("ported")
 
+    def coordinates(self) -> dict[int, tuple[int, int]]:
+        """id of each such weight -> the shape of its A."""
+        return {
+            id(parameter): weight.port
+            for graph in self.graphs
+            for binding in graph.bindings.values()
+            for weight in binding.variant.selected
+            if weight.port is not None
+            and weight.position in binding.variant.record.ported
+            and (parameter := dict(binding.parameters)[weight.position]()) is not None
+        }
+
     def pushed(self) -> list[Tensor]:
         """The weights whose gradients come in a projector's coordinates, in those."""
         return self._returned("projected")

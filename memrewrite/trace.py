@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -48,10 +49,10 @@ def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[in
     if session.velora is None:
         return {}
     names = {id(p): name for name, p in model.named_parameters()}
-    size = session.velora.subtoken_size
+    size, shapes = session.velora.subtoken_size, session.coordinates()
     return {
         names[id(p)]: (
-            p.shape[0] * -(-p.shape[1] // size) * p.element_size(),
+            math.prod(shapes[id(p)]) * p.element_size(),
             size * max(4, p.element_size()),
         )
         for p in session.ported()

@@ -11,6 +11,8 @@ Identity: every value from G to the division is `small (x) w`, w one of v, v^2 a
     (a (x) v) (b (x) v) = a b (x) v^2              max(a (x) v^2, b (x) v^2) = max(a, b) (x) v^2
     sqrt(a (x) v^2) = sqrt(a) (x) |v|
 
+(a weight that is (D, O) has all of this transposed)
+
 so it is computed small, by the same operation, and spread over D only where something else
 reads it: at eps, which is no multiple of |v|. Exact as long as v stays the same, and where
 nothing of full size joins G before the moments: an L2 decay does.
@@ -20,6 +22,7 @@ Source: design; checked against torch's Adam in float64 by tests.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
@@ -31,11 +34,12 @@ SAME = (CONVERT, aten._to_copy.default, aten.neg.default)
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
 
 
-def factor_updates(weight: int, vector: int, held: Mapping[int, str]) -> Pass:
+def factor_updates(weight: int, vector: int, held: Mapping[int, str], left: bool = False) -> Pass:
     """Factor the lowered update of `weight` along the v in argument `vector`.
 
     held: the arguments that are `small (x) w` from now on, with their w: the gradient and
-    the first moment V, the second and its maximum SQUARE. Raises ValueError where a moment
+    the first moment V, the second and its maximum SQUARE. left: the weight is (D, O), what
+    is small (G, O). Raises ValueError where a moment
     would not be of that form.
     """
 
@@ -44,7 +48,9 @@ def factor_updates(weight: int, vector: int, held: Mapping[int, str]) -> Pass:
         w, v = place[weight].meta["val"], place[vector]
         size = fixed(v.meta["val"].shape[0])
         assert size is not None  # a graph of one kind of parameter is static
-        small = (w.shape[0], -(-w.shape[1] // size))
+        features = w.shape[0 if left else 1]
+        groups = -(-features // size)
+        small = (groups, w.shape[1]) if left else (w.shape[0], groups)
         bases: dict[Node, str] = {}
         for argument, basis in held.items():
             node = place[argument]
@@ -53,14 +59,36 @@ def factor_updates(weight: int, vector: int, held: Mapping[int, str]) -> Pass:
             node.meta["val"] = node.meta["val"].new_empty(small)
             bases[node] = basis
         for node in list(gm.graph.nodes):
-            _follow(node, bases, v, w.shape[1])
+            _follow(node, bases, _Spread(v, features, left))
 
-    key = (weight, vector, tuple(sorted(held.items())))
+    key = (weight, vector, tuple(sorted(held.items())), left)
     identity = "Adam(A (x) v) from the moments of A: each value up to eps is small (x) w"
     return Pass("factor_updates", rewrite, exact=True, key=key, identity=identity)
 
 
-def _follow(node: Node, bases: dict[Node, str], v: Node, features: int) -> None:
+@dataclass(frozen=True)
+class _Spread:
+    """How what is small becomes full again."""
+
+    v: Node
+    features: int
+    left: bool
+
+    def __call__(self, before: Node, small: Node, basis: str) -> Node:
+        """small (x) w, (O, D); if left, (D, O)."""
+        v = self.v
+        if basis == SQUARE:
+            v = insert(before, aten.mul.Tensor, v, v)
+        elif basis == ABSOLUTE:
+            v = insert(before, aten.abs.default, v)
+        if not self.left:
+            return insert(before, velora_reconstruct, small, v, self.features)
+        rows = insert(before, aten.permute.default, small, [1, 0])  # (O, G)
+        full = insert(before, velora_reconstruct, rows, v, self.features)
+        return insert(before, aten.permute.default, full, [1, 0])
+
+
+def _follow(node: Node, bases: dict[Node, str], spread: _Spread) -> None:
     """Let a node work on small operands where the identity holds, else spread them."""
     read = [n for n in node.all_input_nodes if n in bases]
     if not read or node.op == "output":
@@ -78,7 +106,7 @@ def _follow(node: Node, bases: dict[Node, str], v: Node, features: int) -> None:
             "decay, or another gradient, was added before the moments"
         )
     for n in read:
-        node.replace_input_with(n, _spread(node, n, bases[n], v, features))
+        node.replace_input_with(n, spread(node, n, bases[n]))
 
 
 def _basis(node: Node, bases: Mapping[Node, str]) -> str | None:
@@ -107,12 +135,3 @@ def _is_scalar(value: object) -> bool:
 
 def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
-
-
-def _spread(before: Node, small: Node, basis: str, v: Node, features: int) -> Node:
-    """small (x) w, (O, D)."""
-    if basis == SQUARE:
-        v = insert(before, aten.mul.Tensor, v, v)
-    elif basis == ABSOLUTE:
-        v = insert(before, aten.abs.default, v)
-    return insert(before, velora_reconstruct, small, v, features)

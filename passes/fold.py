@@ -5,7 +5,9 @@
           (N, D)                (O, D)                    (O, G)       (O, D)
 
     z --> reconstruct(z, v) --> permute --> mm(x^T, b)
-                                            z --> mm(b^T, z) --> reconstruct(., v) --> permute
+          (N, D)                (D, N)      (D, O)
+                       z --> permute --> mm(z^T, b) --> permute --> reconstruct(., v) --> permute
+                             (G, N)      (G, O)         (O, G)      (O, D)                (D, O)
 
 Identity: reconstruct acts on each row alone and is linear, so a matmul over the rows
 commutes with it:  a (z (x) v) = (a z) (x) v.  The matmul is M times narrower, and the
@@ -29,9 +31,7 @@ def fold_reconstruction() -> Pass:
             if right.target is velora_reconstruct:
                 _replace(node, _folded(node, left, right))
             elif _transposed_reconstruction(left):
-                across = call(node, aten.permute.default, right, [1, 0])  # (O, N)
-                folded = _folded(node, across, operand(left, 0))  # (O, D)
-                _replace(node, call(node, aten.permute.default, folded, [1, 0]))
+                _replace(node, _folded_across(node, operand(left, 0), right))
         gm.graph.eliminate_dead_code()
 
     identity = "dy^T (z (x) v) = (dy^T z) (x) v: a matmul M times narrower, and no x_hat"
@@ -46,6 +46,15 @@ def _folded(matmul: Node, rows: Node, x_hat: Node) -> Node:
     z, v, features = x_hat.args
     small = call(matmul, aten.mm.default, rows, z)  # (O, G)
     return call(matmul, velora_reconstruct, small, v, features)  # (O, D)
+
+
+def _folded_across(matmul: Node, x_hat: Node, columns: Node) -> Node:
+    z, v, features = x_hat.args
+    across = call(matmul, aten.permute.default, z, [1, 0])  # (G, N)
+    small = call(matmul, aten.mm.default, across, columns)  # (G, O)
+    rows = call(matmul, aten.permute.default, small, [1, 0])  # (O, G)
+    full = call(matmul, velora_reconstruct, rows, v, features)  # (O, D)
+    return call(matmul, aten.permute.default, full, [1, 0])  # (D, O)
 
 
 def _replace(node: Node, replacement: Node) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.base import CONVERT, Pass, aten, call, fixed, insert, operand, size
+from passes.base import CONVERT, Pass, aten, call, fixed, insert, is_transpose, operand, size
 from passes.ops import galore_project, galore_project_back, velora_compress, velora_reconstruct
 
 MARKS = ("velora_z", "galore")
@@ -60,7 +60,8 @@ def _reconstruct(node: Node) -> Node:
     m = fixed(v.meta["val"].shape[0])
     assert m is not None and isinstance(features, int)  # find takes no other
     padded = -(-features // m) * m
-    flat = call(node, aten.view.default, outer, [size(node, z, 0), padded])  # (N, G*M)
+    rows = aten.reshape if is_transpose(z) else aten.view  # products lie in memory as z does
+    flat = call(node, rows.default, outer, [size(node, z, 0), padded])  # (N, G*M)
     if padded == features:
         return flat
     kept = call(node, aten.slice.Tensor, flat, 1, 0, features)  # (N, D)

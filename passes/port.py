@@ -9,14 +9,15 @@
 Identity: whoever reads the port's gradient holds v, and A (x) v is what the gradient of W
 would have been; sums of gradients, their scaling and their norm are the same in A, because
 v has length one. A port is an input of zeros that only ties the small gradient to autograd:
-no forward value depends on it. Where the gradient of W is not of this form (several terms,
-a transposed weight) it stays as it was, and the port's is none.
+no forward value depends on it. Of a transposed weight, (D, O), both are read transposed: its
+port takes A^T (G, O). Where the gradient of W is not of this form (several terms, the other
+side) it stays as it was, and the port's is none.
 Source: design.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,39 +44,47 @@ class Coordinates:
     factors: tuple[float, ...]
 
 
-def return_coordinates(ports: Mapping[int, int]) -> Pass:
-    """For each weight in `ports`, argument of W -> argument of its port."""
+@dataclass(frozen=True)
+class Ported:
+    """Arguments of a weight and of its port; left: W is (D, O), and the port (G, O)."""
+
+    weight: int
+    port: int
+    left: bool = False
+
+
+def return_coordinates(ports: Sequence[Ported]) -> Pass:
+    """For each of `ports`, where the gradient of its weight allows it."""
 
     def rewrite(gm: GraphModule) -> None:
         output = gm.graph.output_node()
         gradient_of = output.meta["gradient_of"]
         returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-        for weight, port in ports.items():
-            if port not in gradient_of:
+        for one in ports:
+            if one.port not in gradient_of:
                 continue
-            at, small_at = gradient_of.index(weight), gradient_of.index(port)
+            at, small_at = gradient_of.index(one.weight), gradient_of.index(one.port)
             if is_zeros_of_port(returned[small_at]):
-                found = _coordinates(returned[at], output)
+                found = _coordinates(returned[at], output, one.left)
                 returned[small_at] = None if found is None else _emit(found, returned[at])
                 returned[at] = returned[at] if found is None else None
         output.args = (tuple(returned),)
         detach_ports(gm.graph)
         gm.graph.eliminate_dead_code()
 
-    key = tuple(sorted(ports.items()))
     identity = "dW = A (x) v: A is returned, and W's gradient is read as A (x) v"
     name = "return_coordinates"
-    return Pass(name, rewrite, exact=True, key=key, identity=identity, drops=True)
+    return Pass(name, rewrite, exact=True, key=tuple(ports), identity=identity, drops=True)
 
 
-def _coordinates(node: Any, user: Node) -> Coordinates | None:
+def _coordinates(node: Any, user: Node, left: bool) -> Coordinates | None:
     """What a gradient is made of, seen through what nothing else reads."""
     factors: list[float] = []
     transposed = False
     while isinstance(node, Node) and set(node.users) == {user}:
         if node.target is velora_reconstruct:
-            small = operand(node, 0)
-            return None if transposed else Coordinates(small, tuple(factors))
+            small = _across(operand(node, 0)) if left else operand(node, 0)
+            return Coordinates(small, tuple(factors)) if transposed == left else None
         if node.target is aten.mul.Tensor and isinstance(node.args[1], float):
             factors.append(node.args[1])
         elif is_transpose(node):
@@ -84,6 +93,13 @@ def _coordinates(node: Any, user: Node) -> Coordinates | None:
             return None
         node, user = operand(node, 0), node
     return None
+
+
+def _across(small: Node) -> Node:
+    """small^T."""
+    if is_transpose(small):
+        return operand(small, 0)
+    return call(small, aten.permute.default, small, [1, 0])
 
 
 def _emit(found: Coordinates, gradient: Node) -> Node:

@@ -21,7 +21,7 @@ from memrewrite.bench.document import Document
 from memrewrite.bench.page import write_page
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import loss_table, table
-from memrewrite.bench.worker import compare
+from memrewrite.bench.worker import compare, draws
 from memrewrite.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -250,6 +250,14 @@ def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:
         compare([torch.tensor([3.0])], str(path))
 
 
+def test_gradients_of_two_draws_are_not_compared() -> None:
+    from memrewrite.shapes import from_config
+
+    kept, off = (from_config("gpt2-small", layers=1, dropout=on) for on in (True, False))
+    assert draws(kept) and not draws(off)
+    assert not draws(from_config("vit-small", layers=1))
+
+
 # --- meters --------------------------------------------------------------------------------
 
 ALLOCATE = """
@@ -275,6 +283,13 @@ def test_a_known_allocation_is_measured_to_two_percent() -> None:
 
 
 # --- documents and pages -------------------------------------------------------------------
+
+
+def test_a_flag_that_older_results_do_not_know(tmp_path: Path) -> None:
+    Document(tmp_path, {"kind": "cost", "batch": 1}, resume=False).save()
+    Document(tmp_path, {"kind": "cost", "batch": 1, "dropout": False}, resume=True)
+    with pytest.raises(ValueError, match="dropout None then, True now"):
+        Document(tmp_path, {"kind": "cost", "batch": 1, "dropout": True}, resume=True)
 
 
 def test_results_are_not_overwritten(tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_what_sketches_hold(tmp_path: Path) -> None:
     assert "| step" in done.stdout
 
 
+def test_peaks_of_refreshes(tmp_path: Path) -> None:
+    sizes = ("--model", "llama-tiny", "--layers", "1", "--vocab", "300", "--rank", "8")
+    path = tmp_path / "refresh.json"
+    sizes += ("--backend", "aot_eager")
+    done = example("bench_refresh.py", *sizes, "--ways", "staggered", "--output", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(path.read_text())["bytes"]
+    assert list(found) == ["staggered"] and found["staggered"]["backward"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -96,12 +96,14 @@ def spread(a: Tensor, v: Tensor, features: int) -> Tensor:
     amsgrad=st.booleans(),
     maximize=st.booleans(),
     zero=st.booleans(),
+    left=st.booleans(),
 )
-@example(0, 3, 7, 4, 1e-8, 0.1, True, False, True)  # padding, decay, maximum and a zero at once
-@example(1, 2, 8, 4, 1e-3, 0.1, False, False, False)
+@example(0, 3, 7, 4, 1e-8, 0.1, True, False, True, False)  # padding, decay, maximum, a zero
+@example(0, 3, 7, 4, 1e-8, 0.1, True, False, True, True)
+@example(1, 2, 8, 4, 1e-3, 0.1, False, False, False, False)
 def test_the_trajectory_is_adams(
     seed: int, rows: int, features: int, size: int, eps: float, decay: float, amsgrad: bool,
-    maximize: bool, zero: bool,
+    maximize: bool, zero: bool, left: bool,
 ) -> None:  # fmt: skip
     if features < size:
         features += size
@@ -110,28 +112,32 @@ def test_the_trajectory_is_adams(
     if zero and eps:  # at eps = 0 torch's own Adam divides zero by zero there
         v[0] = 0
     v /= v.norm()
-    start = torch.randn(rows, features, dtype=torch.float64)
+    across: Any = (lambda t: t.t().contiguous()) if left else lambda t: t
+    start = across(torch.randn(rows, features, dtype=torch.float64))
     groups = -(-features // size)
     full = torch.nn.Parameter(start.clone())
     stock = torch.optim.AdamW(
         [full], lr=LR, betas=BETAS, eps=eps, weight_decay=decay, amsgrad=amsgrad, maximize=maximize
     )
     gm, held, at = captured(
-        (rows, features), size, amsgrad=amsgrad, maximize=maximize, decay=decay != 0
+        tuple(start.shape), size, amsgrad=amsgrad, maximize=maximize, decay=decay != 0
     )
-    run(gm, [factor_updates(0, at, held), lower_ir_ops()])
+    run(gm, [factor_updates(0, at, held, left), lower_ir_ops()])
     weight, step = start.clone(), torch.zeros((), dtype=torch.float64)
-    state = [torch.zeros(rows, groups, dtype=torch.float64) for _ in held][1:]
+    state = [across(torch.zeros(rows, groups, dtype=torch.float64)) for _ in held][1:]
     group = {"lr": LR, "betas": BETAS, "eps": eps, "weight_decay": decay}
     for _ in range(100):
-        a = torch.randn(rows, groups, dtype=torch.float64)
-        full.grad = spread(a, v, features)
+        a = across(torch.randn(rows, groups, dtype=torch.float64))
+        full.grad = across(spread(across(a), v, features))
         stock.step()
         gm(weight, a, *state, step, *hyperparameters(group, decay != 0), v)
     torch.testing.assert_close(weight, full.detach(), rtol=1e-10, atol=1e-10)
     theirs = stock.state[full]
-    torch.testing.assert_close(spread(state[0], v, features), theirs["exp_avg"])
-    torch.testing.assert_close(spread(state[1], v * v, features), theirs["exp_avg_sq"])
+    mine = [
+        across(spread(across(s), w, features)) for s, w in zip(state[:2], (v, v * v), strict=True)
+    ]
+    torch.testing.assert_close(mine[0], theirs["exp_avg"])
+    torch.testing.assert_close(mine[1], theirs["exp_avg_sq"])
 
 
 def test_running_it_twice_is_running_it_once() -> None:

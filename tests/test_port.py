@@ -21,21 +21,22 @@ from passes.base import Pass
 from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
 from passes.ops import port_attach
-from passes.port import return_coordinates
+from passes.port import Ported, return_coordinates
 from passes.velora import compress_saved_inputs
 
 
-def passes(size_at: int, scale: float = 1.0) -> list[Pass]:
+def passes(size_at: int, scale: float = 1.0, left: bool = False) -> list[Pass]:
     """W is argument 0, its port argument 1, its v the last."""
     compressing = compress_saved_inputs({0: size_at}, frozenset({0, 1}), scale)
-    return [compressing, fold_reconstruction(), return_coordinates({0: 1})]
+    return [compressing, fold_reconstruction(), return_coordinates([Ported(0, 1, left)])]
 
 
 def ported(
-    fn: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor, v: Tensor
+    fn: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor, v: Tensor, left: bool = False
 ) -> GraphModule:
     groups = -(-x.shape[-1] // len(v))
-    port = torch.zeros(weight.shape[0], groups, dtype=weight.dtype)
+    shape = (groups, weight.shape[1]) if left else (weight.shape[0], groups)
+    port = torch.zeros(shape, dtype=weight.dtype)
     gm = joint_graph(
         lambda w, p, x: torch.ops.memrewrite.port_attach(fn(w, x), [p]), [weight, port], [x]
     )
@@ -64,6 +65,30 @@ return (mm, None, mm_default_1, tanh_backward)""",
     )
 
 
+def test_printed_form_of_a_transposed_weight() -> None:
+    gm = ported(
+        lambda w, x: torch.tanh(x) @ w,
+        torch.randn(8, 6),
+        torch.randn(5, 8),
+        torch.ones(4),
+        left=True,
+    )
+    run(gm, passes(3, left=True))
+    assert_expected_inline(
+        show(gm),
+        """\
+tanh: [5, 8] = tanh.default(arg2_1)
+velora_compress_default: [5, 2] = memrewrite.velora_compress.default(tanh, v_3)
+permute_default_1: [2, 5] = permute.default(velora_compress_default, [1, 0])
+mm_default_1: [2, 6] = mm.default(permute_default_1, arg3_1)
+mm: [5, 6] = mm.default(tanh, arg0_1)
+t_1: [6, 8] = t.default(arg0_1)
+mm_2: [5, 8] = mm.default(arg3_1, t_1)
+tanh_backward: [5, 8] = tanh_backward.default(mm_2, tanh)
+return (mm, None, mm_default_1, tanh_backward)""",
+    )
+
+
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 6),
@@ -71,20 +96,26 @@ return (mm, None, mm_default_1, tanh_backward)""",
     features=st.integers(4, 11),
     size=st.integers(2, 4),
     scale=st.sampled_from([1.0, 0.5]),
+    left=st.booleans(),
 )
 def test_coordinates_times_v_are_the_gradient(
-    seed: int, rows: int, out: int, features: int, size: int, scale: float
+    seed: int, rows: int, out: int, features: int, size: int, scale: float, left: bool
 ) -> None:
     torch.manual_seed(seed)
     w, x = (torch.randn(n, features, dtype=torch.float64) for n in (out, rows))
     v = F.normalize(torch.randn(size, dtype=torch.float64), dim=0)
-    gm = ported(lambda w, x: F.linear(torch.tanh(x), w), w, x, v)
-    run(gm, [*passes(3, scale), lower_ir_ops()])
+    if left:
+        gm = ported(lambda w, x: torch.tanh(x) @ w, w.t().contiguous(), x, v, left)
+    else:
+        gm = ported(lambda w, x: F.linear(torch.tanh(x), w), w, x, v)
+    run(gm, [*passes(3, scale, left), lower_ir_ops()])
     dy = torch.randn(rows, out, dtype=torch.float64)
     port = torch.zeros(out, -(-features // size), dtype=torch.float64)
-    y, dw, a, dx = execute(gm, w, port, x, dy, v)
+    across: Callable[[Tensor], Tensor] = torch.t if left else lambda t: t
+    y, dw, a, dx = execute(gm, across(w).contiguous(), across(port), x, dy, v)
     z = compress(torch.tanh(x), v)
-    assert dw is None
+    assert dw is None and a.is_contiguous()
+    a = across(a)
     torch.testing.assert_close(a, scale * dy.t() @ z)
     torch.testing.assert_close(
         reconstruct(a, v, features), scale * dy.t() @ reconstruct(z, v, features)
@@ -100,7 +131,7 @@ def test_running_it_twice_is_running_it_once() -> None:
     )
     run(gm, passes(3))
     once = show(gm)
-    run(gm, [return_coordinates({0: 1})])
+    run(gm, [return_coordinates([Ported(0, 1)])])
     assert show(gm) == once
 
 
@@ -108,7 +139,7 @@ def test_running_it_twice_is_running_it_once() -> None:
     "fn",
     [
         lambda w, x: F.linear(torch.tanh(x), w) + F.linear(torch.sin(x), w),  # two terms
-        lambda w, x: torch.tanh(x) @ w,  # W is (D, O)
+        lambda w, x: torch.tanh(x) @ w,  # W is (D, O), and its port (O, G)
         lambda w, x: F.linear(torch.tanh(x), w * 2),  # its gradient is scaled by a graph of its own
     ],
     ids=["tied", "transposed", "of a product"],

@@ -108,10 +108,15 @@ def test_another_basis_is_added_densely() -> None:
 
 @given(
     rows=st.integers(1, 5), features=st.integers(2, 13), size=st.integers(2, 6),
-    seed=st.integers(0, 999),
+    seed=st.integers(0, 999), left=st.booleans(),
 )  # fmt: skip
-def test_the_norm_needs_no_dense_value(rows: int, features: int, size: int, seed: int) -> None:
+def test_the_norm_needs_no_dense_value(
+    rows: int, features: int, size: int, seed: int, left: bool
+) -> None:
     g = gradient(rows, features, min(size, features), seed)
+    if left:
+        small, v = g.coordinates, g.basis.v  # type: ignore[union-attr]
+        g = ProjectedGrad(small.t().contiguous(), Vector(v, left), (features, rows))
     torch.testing.assert_close(g.norm(), g.to_dense().norm(), rtol=1e-12, atol=1e-12)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
+from transformers.pytorch_utils import Conv1D
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
@@ -36,11 +37,21 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def net(gradients: Any = "coordinates", seed: int = 0, **options: Any) -> Net:
+class Across(Net):
+    """Its second weight is (D, O), GPT-2's way; D is no multiple of M there either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = Conv1D(6, 10)
+
+
+def net(
+    gradients: Any = "coordinates", seed: int = 0, kind: type[Net] = Net, **options: Any
+) -> Net:
     torch.manual_seed(seed)
     options = {"lr_scale": 1.0, **options}  # the trajectory of full gradients
     velora = VeLoRA(subtoken_size=M, sites="all", gradients=gradients, **options)
-    return memrewrite.compile(Net().double(), velora=velora, backend="aot_eager")
+    return memrewrite.compile(kind().double(), velora=velora, backend="aot_eager")
 
 
 def batch(step: int) -> Tensor:
@@ -89,14 +100,16 @@ def clip(model: nn.Module) -> None:
     maximize=st.booleans(),
     micro=st.integers(1, 4),
     clipped=st.booleans(),
+    kind=st.sampled_from([Net, Across]),
 )
 def test_the_trajectory_is_that_of_full_gradients(
-    how: str, eps: float, decay: float, amsgrad: bool, maximize: bool, micro: int, clipped: bool
-) -> None:
+    how: str, eps: float, decay: float, amsgrad: bool, maximize: bool, micro: int, clipped: bool,
+    kind: type[Net],
+) -> None:  # fmt: skip
     flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}
     wanted: dict[str, Any] = {**flags[how], "eps": eps, "weight_decay": decay}
     wanted |= {"amsgrad": amsgrad, "maximize": maximize, "lr": 1e-2}
-    models = [net("coordinates"), net("dense")]
+    models = [net(gradients, kind=kind) for gradients in ("coordinates", "dense")]
     optimizers = [AdamW(model.parameters(), **wanted) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
         fit(model, optimizer, range(12), micro, clip if clipped else lambda model: None)
@@ -105,8 +118,9 @@ def test_the_trajectory_is_that_of_full_gradients(
     torch._dynamo.reset()
 
 
-def test_a_hundred_steps_in_double_precision() -> None:
-    models = [net("coordinates"), net("dense")]
+@pytest.mark.parametrize("kind", [Net, Across])
+def test_a_hundred_steps_in_double_precision(kind: type[Net]) -> None:
+    models = [net("coordinates", kind=kind), net("dense", kind=kind)]
     for model in models:
         optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         fit(model, optimizer, range(100), between=clip)
@@ -324,6 +338,34 @@ def test_gradients_say_what_they_are() -> None:
     (taken,) = torch.autograd.grad(loss_of(model, 0), [model.down.weight])
     torch.testing.assert_close(taken.to_dense(), grad.to_dense())
     assert type(model.up.bias.grad) is Tensor
+
+
+def test_gradients_of_a_transposed_weight_lie_as_it_does() -> None:
+    model = net(kind=Across)
+    optimizer = AdamW(model.parameters())
+    loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
+    grad = model.down.weight.grad
+    assert isinstance(grad, ProjectedGrad) and grad.shape == (10, 6)
+    assert grad.coordinates is not None and grad.coordinates.shape == (3, 6)
+    optimizer.step()
+    state = optimizer.state[model.down.weight]
+    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == (3, 6)
+    rows = memrewrite.report(model).optimizer
+    (row,) = [r for r in rows if r.name == "down"]
+    assert row.gradient_after == 3 * 6 * 8 and row.decision == "factored"
+
+
+def test_state_of_a_transposed_weight_becomes_full_size_again() -> None:
+    models = [net("coordinates", kind=Across), net("dense", kind=Across)]
+    for model in models:
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        fit(model, optimizer, range(4))
+        model.down.weight.register_hook(lambda grad: grad + 0.0 * grad.sign())  # a dense one
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            fit(model, optimizer, range(4, 8))
+        assert optimizer.state[model.down.weight]["exp_avg"].shape == (10, 6)
+    same(*models)
 
 
 def test_a_second_derivative_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,11 @@ def model_flags(
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="fp32", help="%(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     parser.add_argument("--rank", type=int, default=rank, help="of GaLore (%(default)s)")
+    parser.add_argument(
+        "--dropout",
+        action="store_true",
+        help="keep the model's: gradients of two random draws cannot be compared",
+    )
 
 
 def common_flags(parser: argparse.ArgumentParser, default: str, output: Path) -> None:
@@ -166,7 +171,7 @@ def _request(given: argparse.Namespace) -> Request:
     model = given.hf_config or given.model
     if ":" not in model:
         shapes.from_config(model)  # an unknown one is an error now, not in each process
-    keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh")
+    keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
     return Request(model, **{key: getattr(given, key) for key in keys if key in given})
 
 

@@ -24,6 +24,7 @@ from memrewrite.bench.summary import summarise
 
 WARM_UP = 2  # rounds that are not timed
 HEADROOM = 2  # times the largest process so far, before another one is started
+DRAWS = "the model has dropout, and draws it anew under each compiler"
 CACHES = "TORCHINDUCTOR_CACHE_DIR"
 Tell = Callable[[str], None]
 
@@ -83,10 +84,13 @@ class Cost:
             self.tell(f"reference gradients of {name}")
             with self._child(parse(name), "reference") as child:
                 try:
-                    child.ask("start", keep=str(self._reference(name)))
+                    found = child.ask("start", keep=str(self._reference(name)))
+                    reason = DRAWS if found["random"] else None
                 except Failed as error:
-                    self._reference(name).unlink(missing_ok=True)
-                    self.document.warn(f"no gradients of {name} to compare with: {error}")
+                    reason = str(error)
+            if reason is not None:
+                self._reference(name).unlink(missing_ok=True)
+                self.document.warn(f"no gradients of {name} to compare with: {reason}")
 
     def _reference(self, name: str) -> Path:
         return self.scratch / f"{name}.gradients"

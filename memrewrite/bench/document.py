@@ -119,7 +119,10 @@ def title(data: Mapping[str, Any]) -> str:
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    def unlike(key: str) -> bool:  # a flag that older files do not know was off
+        return (before.get(key) or None) != (now.get(key) or None)
+
+    differ = list(filter(unlike, {**before, **now}))
     if differ:
         told = ", ".join(f"{key} {before.get(key)!r} then, {now.get(key)!r} now" for key in differ)
         raise ValueError(f"{path} is of another request ({told}); choose another --output")

@@ -34,6 +34,7 @@ class Request:
     device: str = "cpu"
     rank: int = 128
     refresh: int = 10  # steps between refreshes of a projector: a few steps must meet one
+    dropout: bool = False  # of a model made from a config; one that is called keeps its own
 
     def build(self, seed: int = SEED) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         """(model, args, kwargs), the same ones for the same seed."""
@@ -42,7 +43,9 @@ class Request:
             model, args, kwargs = shapes.called(self.model)
             return model, args, kwargs
         dtype = shapes.DTYPES[self.dtype]
-        model = shapes.from_config(self.model, self.vocab, self.layers, "cpu", dtype)
+        model = shapes.from_config(
+            self.model, self.vocab, self.layers, "cpu", dtype, dropout=self.dropout
+        )
         torch.manual_seed(seed + 1)
         named = shapes.inputs(model, self.batch, self.seq, dtype)
         model.to(self.device)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import memrewrite
@@ -36,6 +36,7 @@ from memrewrite.bench.subject import Request, Subject, prepare
 from memrewrite.sketch import is_due
 
 LR = 1e-4
+DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -75,6 +76,7 @@ class Worker:
         found: dict[str, Any] = {"loss": float(loss.detach())}
         with self.at("reading gradients"):
             if keep:
+                found["random"] = draws(self.subject.model)
                 torch.save(self._gradients(), keep)
             if reference:
                 found["gradient"] = compare(self._gradients(), reference)
@@ -195,6 +197,14 @@ class Worker:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.subject.model.parameters() if p.grad is not None]
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether it has dropout."""
+    return any(
+        (isinstance(m, DROPOUTS) and m.p > 0) or getattr(m, "attention_dropout", 0)
+        for m in model.modules()
+    )
 
 
 def compare(mine: list[Tensor], reference: str) -> dict[str, float | None]:
