@@ -130,10 +130,15 @@ def from_config(
     return model.train()
 
 
+def takes_images(model: Any) -> bool:
+    """Whether its config is that of an image classifier."""
+    return "image_size" in vars(model.config)
+
+
 def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch of random tokens, its own labels; of images for a model that takes them."""
     config = model.config
-    if "image_size" in vars(config):
+    if takes_images(model):
         size = (batch, config.num_channels, config.image_size, config.image_size)
         labels = torch.zeros(batch, dtype=torch.int64)
         return {"pixel_values": torch.randn(size, dtype=dtype), "labels": labels}

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,18 @@ def test_a_flag_that_older_results_do_not_know(tmp_path: Path) -> None:
     Document(tmp_path, {"kind": "cost", "batch": 1, "dropout": False}, resume=True)
     with pytest.raises(ValueError, match="dropout None then, True now"):
         Document(tmp_path, {"kind": "cost", "batch": 1, "dropout": True}, resume=True)
+
+
+def test_images_have_no_sequence() -> None:
+    from memrewrite.bench.cli import _request, model_flags
+    from memrewrite.bench.document import title
+
+    words = {"vit-small": "vit-small, 8 images, fp32", "llama-60m": "llama-60m, 8 x 256, fp32"}
+    parser = ArgumentParser()
+    model_flags(parser, "llama-60m", 8, 256)
+    for model, wanted in words.items():
+        request = {"kind": "cost", **vars(_request(parser.parse_args([model])))}
+        assert wanted in title({"request": request, "environment": {"card": None}})
 
 
 def test_results_are_not_overwritten(tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def test_what_sketches_hold(tmp_path: Path) -> None:
     assert "| step" in done.stdout
 
 
+def test_runs_that_differ_by_rounding(tmp_path: Path) -> None:
+    sizes = ("--steps", "8", "--layers", "1", "--vocab", "300", "--backend", "aot_eager")
+    paths = ("--data", str(tmp_path / "text"), "--output", str(tmp_path / "rounding.json"))
+    done = example("bench_rounding.py", *sizes, *paths)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "rounding.json").read_text())["losses"]
+    for name in ("full", "moved"):
+        assert max(abs(a - b) for a, b in zip(found["small"], found[name], strict=True)) < 1e-4
+    assert found["small"] != found["moved"]
+
+
 def test_peaks_of_refreshes(tmp_path: Path) -> None:
     sizes = ("--model", "llama-tiny", "--layers", "1", "--vocab", "300", "--rank", "8")
     path = tmp_path / "refresh.json"

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,12 @@ def _check(given: argparse.Namespace) -> None:
 
 def _request(given: argparse.Namespace) -> Request:
     model = given.hf_config or given.model
-    if ":" not in model:
-        shapes.from_config(model)  # an unknown one is an error now, not in each process
     keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
-    return Request(model, **{key: getattr(given, key) for key in keys if key in given})
+    asked = Request(model, **{key: getattr(given, key) for key in keys if key in given})
+    if ":" not in model:  # an unknown one is an error now, not in each process
+        images = shapes.takes_images(shapes.from_config(model))
+        return replace(asked, seq=None) if images else asked
+    return asked
 
 
 def _run(work: Callable[[], None], document: Document, show: Callable[[], None]) -> int:

@@ -113,7 +113,7 @@ def title(data: Mapping[str, Any]) -> str:
     what = "Training" if asked["kind"] == "train" else "A training step of"
     vocab = f", vocabulary {asked['vocab']}" if asked["vocab"] else ""
     layers = f", {asked['layers']} layers" if asked["layers"] else ""
-    size = f"{asked['batch']} x {asked['seq']}"
+    size = f"{asked['batch']} x {asked['seq']}" if asked["seq"] else f"{asked['batch']} images"
     where = data["environment"]["card"] or "CPU"
     return f"{what} {asked['model']}{layers}{vocab}, {size}, {asked['dtype']}, {where}"
 

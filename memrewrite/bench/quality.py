@@ -69,7 +69,7 @@ def train(worker: Worker, lr: float, seed: int, steps: int, data: str) -> dict[s
     losses: list[float] = []
     seconds: list[float] = []
     watch = worker.stopwatch()
-    for batch in islice(batches(ids, asked.batch, asked.seq, seed), steps):
+    for batch in islice(batches(ids, asked.batch, asked.seq or 0, seed), steps):
         batch = batch.to(asked.device)  # (B, S)
         loss = worker.subject.loss(input_ids=batch, labels=batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -112,7 +112,7 @@ def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
     """The plain model's: every configuration is judged by the same arithmetic."""
     total = 0.0
     with torch.no_grad():
-        for batch in islice(batches(held_out, asked.batch, asked.seq, 0), HELD_OUT):
+        for batch in islice(batches(held_out, asked.batch, asked.seq or 0, 0), HELD_OUT):
             ids: Tensor = batch.to(asked.device)
             total += float(model.forward(input_ids=ids, labels=ids).loss)
     return total / HELD_OUT

@@ -27,7 +27,7 @@ class Request:
 
     model: str
     batch: int = 8
-    seq: int = 256
+    seq: int | None = 256  # None of a model that takes images
     vocab: int | None = None
     layers: int | None = None
     dtype: str = "fp32"
@@ -47,7 +47,7 @@ class Request:
             self.model, self.vocab, self.layers, "cpu", dtype, dropout=self.dropout
         )
         torch.manual_seed(seed + 1)
-        named = shapes.inputs(model, self.batch, self.seq, dtype)
+        named = shapes.inputs(model, self.batch, self.seq or 0, dtype)
         model.to(self.device)
         return model, (), {key: value.to(self.device) for key, value in named.items()}
 
