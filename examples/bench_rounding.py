@@ -49,7 +49,7 @@ def losses(args: Any, gradients: Any, moved: bool) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     return found
 
 
