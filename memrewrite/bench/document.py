@@ -115,7 +115,9 @@ def title(data: Mapping[str, Any]) -> str:
     layers = f", {asked['layers']} layers" if asked["layers"] else ""
     size = f"{asked['batch']} x {asked['seq']}" if asked["seq"] else f"{asked['batch']} images"
     where = data["environment"]["card"] or "CPU"
-    return f"{what} {asked['model']}{layers}{vocab}, {size}, {asked['dtype']}, {where}"
+    rows = data.get("rows", [])
+    lora = " under LoRA" if rows and all(r["configuration"]["lora"] for r in rows) else ""
+    return f"{what} {asked['model']}{lora}{layers}{vocab}, {size}, {asked['dtype']}, {where}"
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

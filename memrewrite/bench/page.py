@@ -67,7 +67,7 @@ def _headline(folder: Path, costs: Mapping[Path, Data]) -> str:
 
 
 def _two(rows: Sequence[Data], name: str) -> str:
-    row = next((row for row in rows if row["name"] == name), None)
+    row = next((row for row in rows if row["name"] in (name, f"lora+{name}")), None)
     place = pareto.point(row) if row else None
     return f"{place[1]:.2f}, {place[0]:.2f}" if place else ""
 
