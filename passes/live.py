@@ -149,6 +149,12 @@ def is_call(node: Node) -> bool:
     return any(part in _name(node) for part in CALLS)
 
 
+def _begins(node: Node, user: Node) -> bool:
+    """A constant that `user` scatters into: its result is that memory, written from the start."""
+    scatters = any(part in _name(user) for part in ("index_put", "scatter", "index_add"))
+    return node.target in CREATED and scatters and user.args[0] is node
+
+
 def _name(node: Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
     return str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
@@ -191,7 +197,7 @@ class _Values:
         stack, seen = [node], set[Node]()
         while stack:
             for user in stack.pop().users:
-                if is_call(user):
+                if is_call(user) and not _begins(node, user):
                     return True
                 if user not in seen and memory_of(user) is memory_of(node) and user is not node:
                     seen.add(user)

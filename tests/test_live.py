@@ -55,6 +55,29 @@ def test_a_dying_buffer_of_the_same_size_is_written_over_but_never_by_a_matmul()
     assert held["tanh_default"] == 2 * ROWS + weight
 
 
+def zeros(b: Builder) -> Node:
+    node = b.graph.call_function(aten.full.default, ([N, D], 0.0))
+    with b.mode:
+        node.meta["val"] = torch.zeros(N, D)
+    return node
+
+
+def test_a_scatter_into_a_constant_is_one_buffer() -> None:
+    """The gradient of an embedding: zeros, into which rows are added."""
+    b = Builder()
+    rows, index = b.place("rows", D, D), b.place("index", D)
+    index.meta["val"] = index.meta["val"].long()
+    put = b.op(aten.index_put.default, zeros(b), [index], rows, True)
+    made = {buffer.node.name for buffer in live(b.returns(put)).buffers}
+    assert made == {"rows", "index", "index_put_default"}
+
+
+def test_a_constant_that_a_matmul_reads_has_a_buffer() -> None:
+    b = Builder()
+    graph = b.returns(b.op(aten.mm.default, b.place("x", D, N), zeros(b)))
+    assert "full_default" in {buffer.node.name for buffer in live(graph).buffers}
+
+
 def test_what_the_caller_may_hold_is_not_written_over() -> None:
     b = Builder()
     dy = b.place("dy", N, D)
