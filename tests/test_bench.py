@@ -16,16 +16,35 @@ import torch
 from torch import nn
 
 import memrewrite
-from memrewrite.bench import meters, pairs, pareto, quality
+from memrewrite.bench import meters, optimizers, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS, chosen, parse
 from memrewrite.bench.document import Document
 from memrewrite.bench.page import write_page
+from memrewrite.bench.subject import weights_of
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import loss_table, table
 from memrewrite.bench.worker import compare, draws
 from memrewrite.cli import main
+from memrewrite.shapes import from_config
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("sites", ["auto", "all", "galore"])
+def test_a_slowed_control_slows_what_it_is_the_control_of(sites: Any) -> None:
+    model = from_config("llama-tiny", vocab=2048, layers=1, device="cpu")
+    controlled = weights_of(model, sites, rank=32)
+    optimizer = optimizers.make(parse(f"slowed-{sites}-0.25"), model, 8e-3, 32, 100)
+    rest, slow = optimizer.param_groups
+    assert {id(p) for p in slow["params"]} == {id(p) for p in controlled}
+    assert (rest["lr"], slow["lr"]) == (8e-3, 2e-3)
+    assert len(rest["params"]) + len(slow["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds = {names[id(p)].split(".")[-2] for p in controlled}
+    assert {"v_proj", "down_proj"} <= kinds and "embed_tokens" not in kinds
+    assert ("lm_head" in kinds, len(kinds)) == {"auto": (False, 2), "all": (True, 8)}.get(
+        sites, (False, 7)
+    )
 
 
 # --- configurations ------------------------------------------------------------------------
@@ -51,6 +70,7 @@ def test_a_name_is_its_parts() -> None:
         ("velora-auto-16", False),
         ("adafactor", False),
         ("frozen-all", False),
+        ("slowed-galore-0.25", False),
     ],
 )
 def test_which_are_exact(name: str, exact: bool) -> None:
@@ -69,6 +89,8 @@ def test_which_are_exact(name: str, exact: bool) -> None:
         ("lr-sqrt", "velora's weights"),
         ("velora-all-16+dense+lr-sqrt", "small gradients"),
         ("dense", "how velora returns"),
+        ("slowed-all-2", "no part of a configuration"),
+        ("slowed-all-0.5+galore", "nothing else"),
         ("velora-all-16+pushed", "how galore takes"),
         ("peft-velora-16", "needs lora"),
         ("", "name a configuration"),

@@ -18,6 +18,8 @@
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
                                in place of fused AdamW
     frozen-SITES               those weights get no gradient: a control for `bench train`
+    slowed-SITES-X             AdamW takes X times the step on those weights: another one.
+                               SITES is auto or all, VeLoRA's, or galore, those it projects
     lr-sqrt                    VeLoRA(lr_scale="sqrt"): their steps divided by sqrt(M)
 
 Parts compose: `velora-all-16+checkpointing+galore`. A name that says neither eager nor
@@ -34,6 +36,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 Engine = Literal["eager", "torch.compile", "memrewrite"]
+Controlled = Literal["auto", "all", "galore"]
 BASELINE = "torch.compile"
 OPTIMIZERS = {  # part: what must be installed
     "adamw8bit-torchao": "torchao",
@@ -42,6 +45,8 @@ OPTIMIZERS = {  # part: what must be installed
     "galore-torch": "galore_torch",
     "apollo-torch": "apollo_torch",
 }
+CONTROLLED: tuple[Controlled, ...] = ("auto", "all", "galore")
+PARAMETRIC = "velora-auto-16", "velora-all-16", "budget-0.5", "peft-velora-16", "slowed-auto-0.25"
 # Without a size limit: its default leaves anything below 100 MB alone. torch's own default
 # lets bf16 alone; a comparison in fp32 needs both.
 FP8 = {
@@ -59,7 +64,8 @@ class Configuration:
     """One row of the table.
 
     velora: M, or None. budget and the like: torch's own settings. exact: gradients are those
-    of the plain model and the optimizer is Adam's own, so that only cost can differ.
+    of the plain model and the optimizer is Adam's own, so that only cost can differ. slowed: the
+    sites of which, slowdown: by what.
     """
 
     name: str
@@ -77,13 +83,16 @@ class Configuration:
     galore: bool = False
     pushed: bool = False
     optimizer: str = "adamw"
-    frozen: Literal["auto", "all"] | None = None
+    frozen: Controlled | None = None
+    slowed: Controlled | None = None
+    slowdown: float = 1.0
     lr_sqrt: bool = False
 
     @property
     def exact(self) -> bool:
         approximate = self.fp8 or self.velora or self.peft_velora or self.galore or self.own
-        return not approximate and self.optimizer == "adamw" and self.frozen is None
+        controlled = self.frozen or self.slowed
+        return not approximate and self.optimizer == "adamw" and not controlled
 
     @property
     def ours(self) -> bool:
@@ -97,7 +106,7 @@ class Configuration:
     @property
     def only_training(self) -> bool:
         """It differs from another one in the loss alone: there is no cost to measure."""
-        return self.frozen is not None or self.lr_sqrt
+        return bool(self.frozen or self.slowed or self.lr_sqrt)
 
     @property
     def baseline(self) -> str:
@@ -156,6 +165,8 @@ def parse(name: str) -> Configuration:
         raise ValueError(f"{name!r}: lr-sqrt divides the steps of velora's weights")
     if found.lr_sqrt and found.dense:
         raise ValueError(f"{name!r}: lr-sqrt needs velora's small gradients")
+    if found.slowed and (found.optimizer != "adamw" or found.velora or found.galore):
+        raise ValueError(f"{name!r}: slowed is a control, of AdamW and nothing else")
     if found.peft_velora and not found.lora:
         raise ValueError(f"{name!r}: PEFT's VeLoRA needs lora")
     return found
@@ -174,7 +185,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "pushed": {"pushed": True},
         "galore": {"engine": "memrewrite", "galore": True},
         "lr-sqrt": {"lr_sqrt": True},
-        **{f"frozen-{sites}": {"frozen": sites} for sites in ("auto", "all")},
+        **{f"frozen-{sites}": {"frozen": sites} for sites in CONTROLLED},
         **{optimizer: {"optimizer": optimizer} for optimizer in OPTIMIZERS},
     }
     if part in plain:
@@ -184,13 +195,16 @@ def _meaning(part: str) -> dict[str, Any]:
     kind, _, value = part.rpartition("-")
     if kind == "budget" and _is_share(value):
         return {"budget": float(value)}
+    for controlled in CONTROLLED:
+        if kind == f"slowed-{controlled}" and _is_share(value):
+            return {"slowed": controlled, "slowdown": float(value)}
     if value.isdecimal() and int(value):
         if kind == "peft-velora":
             return {"engine": "eager", "peft_velora": int(value)}
         for sites in ("auto", "all"):
             if kind == f"velora-{sites}":
                 return {"engine": "memrewrite", "velora": int(value), "sites": sites}
-    known = [*plain, "velora-auto-16", "velora-all-16", "budget-0.5", "peft-velora-16"]
+    known = [*plain, *PARAMETRIC]
     near = difflib.get_close_matches(part, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(
@@ -251,12 +265,15 @@ SETS: dict[str, Sequence[str]] = {
         "torch.compile",
         "velora-auto-16",
         "velora-auto-16+lr-sqrt",
+        "slowed-auto-0.25",
         "frozen-auto",
         "velora-all-8",
         "velora-all-16",
         "velora-all-16+lr-sqrt",
         "velora-all-64",
+        "slowed-all-0.25",
         "frozen-all",
+        "slowed-galore-0.25",
         "galore-torch",
         "galore",
         "galore+pushed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memrewrite.bench.configurations import Configuration
+from memrewrite.bench.subject import weights_of
 from memrewrite.options import GaLore
 from memrewrite.projection import sites_of
 
@@ -27,7 +29,8 @@ def make(
     kind = configuration.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     if kind == "adamw":
-        return torch.optim.AdamW(trained, lr=lr, weight_decay=DECAY, fused=True)
+        groups = _groups(configuration, model, trained, lr, rank)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=DECAY, fused=True)
     if kind == "adafactor":
         return torch.optim.Adafactor(trained, lr=lr, weight_decay=DECAY)
     if kind == "adamw8bit-torchao":
@@ -59,6 +62,18 @@ def make(
     return APOLLOAdamW(  # type: ignore[no-any-return]
         [{"params": plain}, {"params": small, **how}], lr=lr, eps=1e-8, weight_decay=DECAY
     )
+
+
+def _groups(
+    configuration: Configuration, model: nn.Module, trained: Sequence[Tensor], lr: float, rank: int
+) -> list[dict[str, Any]]:
+    """One group; two of a slowed control, whose decoupled decay is slowed with its step."""
+    if configuration.slowed is None:
+        return [{"params": trained}]
+    slowed = {id(p) for p in weights_of(model, configuration.slowed, rank)}
+    rest = [p for p in trained if id(p) not in slowed]
+    slow = [p for p in trained if id(p) in slowed]
+    return [{"params": rest}, {"params": slow, "lr": lr * configuration.slowdown}]
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

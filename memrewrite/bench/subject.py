@@ -14,7 +14,9 @@ import memrewrite
 from memrewrite import shapes
 from memrewrite.api import call_of
 from memrewrite.backend import set_torch
-from memrewrite.bench.configurations import Configuration
+from memrewrite.bench.configurations import Configuration, Controlled
+from memrewrite.options import GaLore
+from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select, why_not
 
 SEED = 0
@@ -82,7 +84,7 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
         model = _with_lora(model, configuration.peft_velora).to(asked.device)
     model.train()
     if configuration.frozen is not None:
-        for parameter in compressed(model, configuration.frozen):
+        for parameter in weights_of(model, configuration.frozen, asked.rank):
             parameter.requires_grad_(False)
     if configuration.checkpointing:
         _checkpoint(model)
@@ -90,8 +92,10 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
     return Subject(model, args, kwargs)
 
 
-def compressed(model: nn.Module, sites: str) -> list[nn.Parameter]:
-    """The weights that VeLoRA at these sites compresses."""
+def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
+    """The weights that VeLoRA at these sites compresses; of "galore", those GaLore projects."""
+    if sites == "galore":
+        return [site.candidate.parameter for site in sites_of(model, GaLore(rank)).projected]
     found = candidates(model)
     names = select(found, "auto" if sites == "auto" else "all")
     chosen = [c for c in found if c.name in names and why_not(c, None) is None]
