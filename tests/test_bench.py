@@ -20,7 +20,7 @@ from memrewrite.bench import meters, optimizers, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS, chosen, parse
 from memrewrite.bench.document import Document
 from memrewrite.bench.page import write_page
-from memrewrite.bench.subject import weights_of
+from memrewrite.bench.subject import Request, prepare, weights_of
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import loss_table, table
 from memrewrite.bench.worker import compare, draws
@@ -28,6 +28,17 @@ from memrewrite.cli import main
 from memrewrite.shapes import from_config
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("name", "stagger"), [("galore", False), ("galore+staggered", True)])
+def test_a_staggered_row_has_no_step_on_which_all_refresh(
+    name: str, stagger: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(memrewrite, "compile", lambda model, **facts: asked.update(facts))
+    prepare(parse(name), Request("llama-tiny", 2, 16, 256, 1, rank=32, refresh=6))
+    assert asked["galore"] == memrewrite.GaLore(32, update_every=6, stagger=stagger)
+    assert parse(name).projected is not stagger
 
 
 @pytest.mark.parametrize("sites", ["auto", "all", "galore"])
@@ -92,6 +103,8 @@ def test_which_are_exact(name: str, exact: bool) -> None:
         ("slowed-all-2", "no part of a configuration"),
         ("slowed-all-0.5+galore", "nothing else"),
         ("velora-all-16+pushed", "how galore takes"),
+        ("galore+pushed+staggered", "when galore refreshes"),
+        ("staggered", "when galore refreshes"),
         ("peft-velora-16", "needs lora"),
         ("", "name a configuration"),
         ("nothing-*", "matches"),

@@ -9,6 +9,7 @@
 
     dense                      VeLoRA with full-size gradients and moments
     pushed                     GaLore with gradients in the projector's coordinates
+    staggered                  GaLore with refreshes spread over all steps
     checkpointing              of each layer, by the model's own switch
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
@@ -82,6 +83,7 @@ class Configuration:
     dense: bool = False
     galore: bool = False
     pushed: bool = False
+    staggered: bool = False
     optimizer: str = "adamw"
     frozen: Controlled | None = None
     slowed: Controlled | None = None
@@ -100,8 +102,9 @@ class Configuration:
 
     @property
     def projected(self) -> bool:
-        """The optimizer refreshes a projector now and then."""
-        return self.galore or self.optimizer in ("galore-torch", "apollo-torch")
+        """The optimizer refreshes all projectors now and then."""
+        together = self.galore and not self.staggered
+        return together or self.optimizer in ("galore-torch", "apollo-torch")
 
     @property
     def only_training(self) -> bool:
@@ -161,6 +164,8 @@ def parse(name: str) -> Configuration:
         raise ValueError(f"{name!r}: dense says how velora returns its gradients")
     if found.pushed and not found.galore:
         raise ValueError(f"{name!r}: pushed says how galore takes its gradients")
+    if found.staggered and (found.pushed or not found.galore):
+        raise ValueError(f"{name!r}: staggered says when galore refreshes, from full gradients")
     if found.lr_sqrt and found.velora is None:
         raise ValueError(f"{name!r}: lr-sqrt divides the steps of velora's weights")
     if found.lr_sqrt and found.dense:
@@ -183,6 +188,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "lora": {"lora": True},
         "dense": {"dense": True},
         "pushed": {"pushed": True},
+        "staggered": {"staggered": True},
         "galore": {"engine": "memrewrite", "galore": True},
         "lr-sqrt": {"lr_sqrt": True},
         **{f"frozen-{sites}": {"frozen": sites} for sites in CONTROLLED},
@@ -276,6 +282,7 @@ SETS: dict[str, Sequence[str]] = {
         "slowed-galore-0.25",
         "galore-torch",
         "galore",
+        "galore+staggered",
         "galore+pushed",
         "velora-auto-16+galore",
         "velora-auto-16+galore+pushed",

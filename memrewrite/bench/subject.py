@@ -122,7 +122,12 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
             size or 16, configuration.sites, lr_scale=scale, gradients=gradients
         )
         how: Any = "coordinates" if configuration.pushed else "dense"
-        galore = memrewrite.GaLore(asked.rank, update_every=asked.refresh, gradients=how)
+        galore = memrewrite.GaLore(
+            asked.rank,
+            update_every=asked.refresh,
+            stagger=configuration.staggered,
+            gradients=how,
+        )
         wanted = galore if configuration.galore else None
         memrewrite.compile(model, velora=velora if size else False, galore=wanted)
 
