@@ -13,6 +13,8 @@ def annotate(graph: Graph) -> bool:
         desc = node.meta.get("desc")
         node.meta["argument"] = getattr(desc, "idx", None) if _is(desc, "PlainAOTInput") else None
         node.meta["tangent"] = _is(desc, "TangentAOTInput")
+        of = getattr(desc, "output", None)
+        node.meta["output"] = getattr(of, "idx", None) if _is(of, "PlainAOTOutput") else None
         tangents |= node.meta["tangent"]
     descs = output.meta.get("desc") or [None] * len(output.args[0])  # type: ignore[arg-type]
     output.meta["gradient_of"] = [

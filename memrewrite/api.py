@@ -14,11 +14,13 @@ from memrewrite import autodump, optimizer
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
+from memrewrite.partition import hint
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select, why_not
 from memrewrite.state import Session, _sessions, live_sessions, session_of
 from memrewrite.watch import unwatch, watch
+from passes.absent import skip_absent_gradients
 from passes.base import Pass
 from passes.fold import fold_reconstruction
 from passes.lower import lower_ir_ops
@@ -43,7 +45,8 @@ def passes_for(plan: Plan) -> list[Pass]:
         found.append(return_coordinates(plan.ports))
     if plan.projections:
         found += [return_projections(plan.projections), push_projections()]
-    return [*found, lower_ir_ops()] if found else []
+    found += [lower_ir_ops()] if found else []
+    return [*found, skip_absent_gradients(hint)] if plan.may_be_absent else found
 
 
 def compile(

@@ -42,6 +42,7 @@ from memrewrite.partition import Compile, Halves, divide, rewrite
 from memrewrite.plan import PassesFor, Plan, source_hash
 from memrewrite.ports import attach_ports
 from memrewrite.record import GraphRecord
+from passes.absent import write_in_place
 from passes.base import copy_graph
 
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
@@ -148,6 +149,11 @@ class Engine:
             wrapper: Any = torch._TorchCompileInductorWrapper
             self.config = dict(wrapper(mode, options, dynamic).config)
 
+    @property
+    def branches(self) -> bool:
+        """Whether its programs may decide something when they run; a CUDA graph repeats itself."""
+        return not self.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+
     def compile(
         self, gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor
     ) -> Callable[..., Any]:
@@ -187,12 +193,18 @@ def _compile_eager(
 
     backend: Any = aot_autograd(
         fw_compiler=nop,
-        bw_compiler=nop,
+        bw_compiler=_op_by_op,
         partition_fn=split,
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
     )
     return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+    write_in_place(gm.graph)
+    gm.recompile()
+    return nop(gm, inputs)
 
 
 # --- one captured graph ----------------------------------------------------------------
@@ -312,6 +324,12 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
             return gm(*tensors)
 
     return run
+
+
+def in_compiled_autograd() -> bool:
+    """Whether backward is to be traced: it then runs no Function's own entry."""
+    wanted: bool = torch._dynamo.config.compiled_autograd
+    return wanted or torch._dynamo.compiled_autograd.compiled_autograd_enabled
 
 
 # --- torch's own knobs, for comparisons ---------------------------------------------------

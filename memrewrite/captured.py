@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from memrewrite import calibrate
+from memrewrite.absence import told_of_absence
 from memrewrite.backend import capture
 from memrewrite.basis import Vector
 from memrewrite.errors import warn
@@ -166,10 +167,13 @@ class Graph:
         if selected and velora and velora.init == "running_mean":
             gm, outputs, observed = calibrate.observe_inputs(gm, selected)
         scale = velora.scale if velora else 1.0
-        plan = make_plan(len(args), selected, projected, self.positions, self.buffers, scale)
+        absent = self.session.engine.branches
+        positions = self.positions, self.buffers
+        plan = make_plan(len(args), selected, projected, *positions, scale, absent)
         extra = extra_inputs(selected, projected, args)
         session = self.session
         compiled, record = capture(gm, args, plan, extra, session.passes_for, session.engine)
+        compiled = told_of_absence(compiled, [*record.absent])
         return Variant(compiled, record, selected, projected, outputs, observed)
 
     def _uncompiled(self) -> Variant:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from memrewrite.projection import is_head
 from memrewrite.record import Culprit, GraphRecord, MemoryRecord
+from passes.absent import absent_gradients
 from passes.base import memory_of
 from passes.live import Buffer, Kind, Timeline, timeline
 from passes.provenance import module_of, operation_of
@@ -81,10 +82,13 @@ def _handed(
     roots = {n.name: memory_of(n) for n in returned[outputs:] if isinstance(n, Node)}
     given = {memory_of(n) for n in returned[:outputs] if isinstance(n, Node)}
     handed: dict[Node, tuple[str, Kind]] = {}
+    absent = absent_gradients(backward)
     for node in backward.find_nodes(op="placeholder"):
         if not isinstance(node.meta.get("val"), Tensor):
             continue
         root = roots.get(node.name)
+        if node in absent:
+            continue
         if root is None:
             handed[node] = (node.name, "incoming")
         elif root.op != "placeholder":

@@ -25,6 +25,7 @@ from memrewrite.listing import listing
 from memrewrite.liveness import memory_record, settled
 from memrewrite.plan import Plan
 from memrewrite.record import GraphRecord, InputRecord, KeptRecord
+from passes.absent import absent_gradients
 from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.provenance import module_of, operation_of
@@ -83,6 +84,8 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
         state.freed = freed
         record.ported = _absent(gm.graph, [ported.weight for ported in plan.ports])
         record.projected = _absent(gm.graph, [one.weight for one in plan.projections])
+        left_out = absent_gradients(gm.graph)
+        record.absent = {n.meta["output"]: hint(tensor_bytes(n)) for n in left_out}
     except Exception as error:
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"

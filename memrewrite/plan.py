@@ -26,6 +26,7 @@ class Plan:
     scale: float
     ports: tuple[Ported, ...] = ()
     projections: tuple[Projected, ...] = ()
+    may_be_absent: bool = True  # incoming gradients; a recorded CUDA graph cannot branch on it
 
     @property
     def free(self) -> frozenset[int]:
@@ -68,6 +69,7 @@ def make_plan(
     parameters: Sequence[int],
     buffers: Sequence[int],
     scale: float,
+    may_be_absent: bool = True,
 ) -> Plan:
     """The plan of a graph that takes, behind its arguments, v, ports, P, and ports of those."""
     ported = [w for w in selected if w.port is not None]
@@ -83,6 +85,7 @@ def make_plan(
         projections=tuple(
             Projected(w.position, ends + i, bases + i, w.left) for i, w in enumerate(projected)
         ),
+        may_be_absent=may_be_absent,
     )
 
 

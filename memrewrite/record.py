@@ -103,6 +103,7 @@ class GraphRecord:
     refused: dict[int, str] = field(default_factory=dict)
     ported: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
     projected: list[int] = field(default_factory=list)  # weights with a gradient P R or R P^T
+    absent: dict[int, int] = field(default_factory=dict)  # outputs whose gradient may be: bytes
     kept_before: int = 0
     kept_after: int = 0
     formula_before: str = ""
@@ -142,9 +143,11 @@ class GraphRecord:
             inputs = [InputRecord(**item) for item in data["inputs"]]
             kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
+            absent = {int(output): size for output, size in data["absent"].items()}
             stages = [(stage, packed) for stage, packed in data["stages"]]
             memory = {k: MemoryRecord.from_json(v) for k, v in data["memory"].items()}
             read: dict[str, Any] = {"inputs": inputs, "kept": kept, "refused": refused}
+            read["absent"] = absent
             read |= {"stages": stages, "memory": memory}
             return cls(**{**data, **read})
         except (OSError, ValueError, TypeError, KeyError):

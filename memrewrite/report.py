@@ -225,6 +225,7 @@ def _totals(records: list[GraphRecord]) -> dict[str, Any]:
         "graphs": len(records),
         "saved_bytes_before": sum(r.kept_before for r in records),
         "saved_bytes_after": sum(r.kept_after for r in records),
+        "absent_bytes": sum(sum(r.absent.values()) for r in records),
         "formula_before": " + ".join(r.formula_before for r in records),
         "formula_after": " + ".join(r.formula_after for r in records),
         "peak_bytes_before": _peak(records, "before"),
@@ -251,5 +252,10 @@ def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
     )
     if before:
         line += f" ({after / before:.2f} x)"
+    if totals["absent_bytes"]:
+        line += (
+            f"\ngradients that a loss does not give its other outputs are not filled in: "
+            f"{totals['absent_bytes']:,} bytes of zeros"
+        )
     failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]
     return line + "".join(f"\nREWRITE FAILED, exact graph kept: {f}" for f in failures)

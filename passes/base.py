@@ -6,6 +6,7 @@ no pass needs to know how the graph was traced:
 
     placeholder.meta["argument"]    position of this input among the program's arguments
     placeholder.meta["tangent"]     True on the incoming gradients
+    placeholder.meta["output"]      of these: the output it is the gradient of; else None
     output.meta["gradient_of"]      per output: the argument it is the gradient of, or None
 
 Invariants that a pass keeps: the graph stays functional; every node has a true
@@ -24,7 +25,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from passes.ops import add_present
+
 aten = torch.ops.aten
+IN_PLACE = (
+    torch.ops.higher_order.auto_functionalized
+)  # (op, **operands): (result, what it wrote...)
 
 VIEWS = {
     aten.view.default,
@@ -136,10 +142,20 @@ def storage_of(node: Node) -> Node:
 
 
 def memory_of(node: Node) -> Node:
-    """The node whose memory this one lies in: a view of all of it, or of a part."""
-    while node.target in ALIASES or (node.target is getitem and operand(node, 0).target in ALIASES):
-        node = operand(node, 0)
-    return node
+    """The node whose memory this one lies in: a view, a part, or what was written over it."""
+    while True:
+        source = operand(node, 0) if node.target is getitem else node
+        if node.target in ALIASES or source.target in ALIASES:
+            node = operand(node, 0)
+        elif source is not node and adds_present(source):
+            node = source.kwargs["g"]  # type: ignore[assignment]
+        else:
+            return node
+
+
+def adds_present(node: Node) -> bool:
+    """True for g <- g + t, done only where t has memory."""
+    return node.target is IN_PLACE and node.args[0] is add_present
 
 
 def is_transpose(node: Node) -> bool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.base import ALIASES, aten, memory_of, operand, tensor_bytes
+from passes.base import ALIASES, adds_present, aten, memory_of, operand, tensor_bytes
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
 
@@ -146,7 +146,7 @@ def is_call(node: Node) -> bool:
         return False
     if node.target is aten.scatter.value and operand(node, 0).target in CREATED:
         return False  # one number at an index of a constant: Inductor compares indices
-    return any(part in _name(node) for part in CALLS)
+    return adds_present(node) or any(part in _name(node) for part in CALLS)
 
 
 def _begins(node: Node, user: Node) -> bool:

@@ -21,6 +21,8 @@ With P of r orthonormal columns, from the left or the right of an (O, D) gradien
 Each is the transpose of the other, and project(project_back(Z)) = Z.
 Source: Zhao et al. 2024, arXiv:2403.03507, equations 11 and 12 (one side at a time).
 
+add_present(g, t)        g <- g + t, or g where t has no memory: it stands for zeros
+
 attach(y, ports) is y: it makes y depend on inputs whose gradient is to be something small,
 which a pass then puts in place of the zeros that differentiation gives them.
 """
@@ -70,6 +72,12 @@ def attach(y: Tensor, ports: list[Tensor]) -> Tensor:
     return y.clone()
 
 
+def add_in_place(g: Tensor, t: Tensor) -> None:
+    """g <- g + t, unless t has no memory."""
+    if t.untyped_storage().nbytes():
+        g.add_(t)
+
+
 def _attach_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
     return dy, [dy.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.ports]
 
@@ -84,6 +92,7 @@ _library.define("velora_compress(Tensor x, Tensor v) -> Tensor")
 _library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tensor")
 _library.define("galore_project(Tensor g, Tensor p, bool left) -> Tensor")
 _library.define("galore_project_back(Tensor z, Tensor p, bool left) -> Tensor")
+_library.define("add_present(Tensor(a!) g, Tensor t) -> ()")
 _library.define("port_attach(Tensor y, Tensor[] ports) -> Tensor")
 for _name, _kernel, _shape in (
     ("velora_compress", compress, _compress_shape),
@@ -91,6 +100,7 @@ for _name, _kernel, _shape in (
     ("galore_project", project, project),
     ("galore_project_back", project_back, project_back),
     ("port_attach", attach, attach),
+    ("add_present", add_in_place, lambda g, t: None),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memrewrite::{_name}", _shape, lib=_library)
@@ -99,6 +109,7 @@ velora_compress = torch.ops.memrewrite.velora_compress.default
 velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default
 galore_project = torch.ops.memrewrite.galore_project.default
 galore_project_back = torch.ops.memrewrite.galore_project_back.default
+add_present = torch.ops.memrewrite.add_present.default
 port_attach = torch.ops.memrewrite.port_attach.default
 torch.library.register_autograd(
     "memrewrite::port_attach", _attach_backward, setup_context=_attach_context, lib=_library

@@ -241,6 +241,42 @@ def test_no_block_of_a_weights_size_is_allocated(how: str) -> None:
     assert bool(full) is (how == "dense") and blocks
 
 
+class Classifier(nn.Module):
+    """(loss, logits), as a Hugging Face model returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 24), nn.Linear(24, 5000, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(torch.tanh(self.body(x)))  # (N, C)
+        return nn.functional.cross_entropy(logits, y), logits
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_no_block_of_zeros_for_logits_that_nobody_differentiates(ours: bool) -> None:
+    """One block of the logits' size in backward, their gradient, in batches of two sizes."""
+    torch.manual_seed(0)
+    model, other = Classifier(), Classifier()
+    other.load_state_dict(model.state_dict())
+    if ours:
+        memrewrite.compile(model, dynamic=True)
+    else:
+        model.compile(dynamic=True)
+    for rows in (64, 96):
+        x, y = torch.randn(rows, 16), torch.randint(0, 5000, (rows,))
+        for with_logits in (True, False, False):
+            loss, logits = model(x, y)
+            again, theirs = other(x, y)
+            if with_logits:
+                loss, again = loss + logits.square().mean(), again + theirs.square().mean()
+            blocks = _allocations(loss.backward)
+            again.backward()
+        assert blocks.count(logits.nbytes) == (1 if ours else 2)  # the third: one is made once
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_projected_gradients_train_as_they_do_without_code_generation() -> None:
     model, run = llama(layers=1)
     other = copy.deepcopy(model)
