@@ -29,10 +29,10 @@ def told_of_absence(compiled: Callable[..., Any], outputs: Sequence[int]) -> Cal
         node = next((results[i].grad_fn for i in outputs if _is_compiled(results[i])), None)
         if node is None or in_compiled_autograd():
             return results
-        mine = {r.output_nr for r in results if isinstance(r, Tensor) and r.grad_fn is node}
+        mine = {r.output_nr for r in results if type(r) is Tensor and r.grad_fn is node}
         others = (m for i, m in enumerate(node._input_metadata) if i not in mine)
-        if any(meta.shape for meta in others):  # an output that only autograd sees: zeros for it
-            return results
+        if any(meta.shape for meta in others):  # autograd knows what zeros of these are: a
+            return results  # subclass, or an output that is not handed out
         _accept_none(type(node)._forward_cls)
         node.given = mine
         node.may_be_absent = {results[i].output_nr for i in outputs if results[i].grad_fn is node}

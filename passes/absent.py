@@ -92,9 +92,21 @@ def _sum(tangent: Node) -> Node | None:
     others = [term for term in terms if term is not tangent]
     if len(terms) != 2 or len(others) != 1 or others[0].op == "placeholder":
         return None
+    if not _is_contiguous(tangent.meta["val"]):  # what stands for it would be copied, and read
+        return None
     values = [n.meta["val"] for n in (user, *terms)]
     alike = {(str(v.shape), v.dtype, v.device) for v in values}
     return user if len(alike) == 1 else None
+
+
+def _is_contiguous(value: Tensor) -> bool:
+    """Row by row, compared as text: a comparison of dynamic sizes would guard."""
+    expected: Any = 1
+    for length, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if str(stride) != str(expected):
+            return False
+        expected = expected * length
+    return True
 
 
 def _add_in_place(total: Node, tangent: Node) -> None:

@@ -170,6 +170,12 @@ def near_misses() -> dict[str, GraphModule]:
     case("broadcast", lambda b, x, t: [b.op(aten.add.Tensor, x, t)], (1, 6))
     case("to a number", lambda b, x, t: [b.op(aten.add.Tensor, t, 1.0)])
     case("to an input", lambda b, x, t: [b.op(aten.add.Tensor, x.args[0], t)])
+
+    def transposed(b: Builder, x: Any, t: Any) -> Any:
+        t.meta["val"] = t.meta["val"].t().contiguous().t()
+        return [b.op(aten.add.Tensor, x, t)]
+
+    case("in columns", transposed)
     wide = lambda b, x: b.op(torch.ops.prims.convert_element_type.default, x, torch.float64)  # noqa: E731
     case("in another dtype", lambda b, x, t: [b.op(aten.add.Tensor, wide(b, x), t)])
     return found
@@ -248,6 +254,28 @@ def test_gradients_are_those_of_the_plain_model(name: str) -> None:
             LOSSES[name](*model(x, y)).backward()
     for p, q in zip(plain.parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_images_in_channels_last_train_as_ever() -> None:
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.to(memory_format=torch.channels_last)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y.exp().mean(), y
+
+    torch.manual_seed(0)
+    plain, mine = Segments(), Segments()
+    mine.load_state_dict(plain.state_dict())
+    memrewrite.compile(mine, backend="aot_eager")
+    x = torch.randn(2, 3, 192, 192).to(memory_format=torch.channels_last)
+    for model in (plain, mine):
+        model(x)[0].backward()
+    for p, q in zip(plain.parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
 
 
 @pytest.mark.parametrize(("ours", "expected"), [(False, 1), (True, 0)])

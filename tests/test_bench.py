@@ -225,6 +225,9 @@ def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
     assert found["delta_spread"] == pytest.approx([0.1, 0.3])
     line = loss_table(rows).splitlines()[3]
     assert "50%" in line and "0.002 (edge)" in line  # frozen costs 0.4: half of it is kept
+    rows.append(training("slowed-all-0.25", {(1e-3, 0): 3.9, (2e-3, 0): 4.2, (1e-3, 1): 4.9}))
+    quality.summarise({"rows": rows, "request": {"batch": 2, "seq": 8}})
+    assert "40%" in loss_table(rows).splitlines()[3]  # of 0.5: smaller steps were better by 0.1
 
 
 def test_pairs_are_compared_run_by_run() -> None:

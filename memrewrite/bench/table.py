@@ -105,22 +105,23 @@ def _mb(found: Mapping[str, Any], key: str, ratio: bool = True) -> str:
 LOSS_LEGEND = """\
 loss: validation, nats per token, mean over the seeds at the row's best learning rate, least and
 most in brackets. delta: to the baseline with the same seed. kept: of what training these weights is
-worth, 1 - delta / (delta of the frozen control of the same sites), where that control is worse than
-the baseline. (edge): the best learning rate
-is the sweep's least or largest. memory: of a training step, as in the cost bench."""
+worth: all where a row is as good as the best plain AdamW, be it the baseline or the one that takes
+smaller steps on these weights (slowed), none where it is as bad as freezing them; left out where
+freezing is no worse. (edge): the best learning rate is the sweep's least or largest. memory: of a
+training step, as in the cost bench."""
 
 
 def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str = "") -> str:
     """One line a configuration of a training bench."""
     known = list(rows)
-    frozen = {
-        row["configuration"]["frozen"]: row["summary"]["delta"]
+    worth = {
+        row["configuration"]["frozen"]: (_best_plain(known, row), row["summary"]["delta"])
         for row in known
         if row["configuration"]["frozen"] and "delta" in row.get("summary", {})
     }
     header = ("configuration", "loss", "delta", "kept", "lr", "memory MB", "tokens/s", "seeds")
     return tabulate(
-        [_loss_cells(row, frozen, anchors) for row in known],
+        [_loss_cells(row, worth, anchors) for row in known],
         header,
         style,
         disable_numparse=True,
@@ -129,7 +130,17 @@ def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors
     )
 
 
-def _loss_cells(row: Mapping[str, Any], frozen: Mapping[str, float], anchors: str) -> list[str]:
+def _best_plain(rows: Iterable[Mapping[str, Any]], frozen: Mapping[str, Any]) -> float:
+    """Delta of the best AdamW on the weights that `frozen` leaves alone: at most the baseline's."""
+    sites = frozen["configuration"]["frozen"]
+    slowed = (row for row in rows if row["configuration"].get("slowed") == sites)
+    deltas: list[float] = [r["summary"]["delta"] for r in slowed if "delta" in r["summary"]]
+    return min([0.0, *deltas])
+
+
+def _loss_cells(
+    row: Mapping[str, Any], worth: Mapping[str, tuple[float, float]], anchors: str
+) -> list[str]:
     found = row.get("summary", {})
     name = f'<a id="{anchor(anchors, row["name"])}"></a>{row["name"]}' if anchors else row["name"]
     if "loss" not in found:
@@ -141,9 +152,9 @@ def _loss_cells(row: Mapping[str, Any], frozen: Mapping[str, float], anchors: st
         least, most = found["delta_spread"]
         delta = f"{found['delta']:+.3f} [{least:+.3f}, {most:+.3f}]"
         configuration = row["configuration"]
-        worth = frozen.get(configuration["sites"]) if configuration["velora"] else None
-        if worth is not None and worth > 0 and not configuration["galore"]:
-            kept = f"{1 - found['delta'] / worth:.0%}"
+        plain, frozen = worth.get(configuration["sites"], (0.0, 0.0))
+        if frozen > plain and configuration["velora"] and not configuration["galore"]:
+            kept = f"{(frozen - found['delta']) / (frozen - plain):.0%}"
     return [
         name,
         f"{found['loss']:.3f} [{low:.3f}, {high:.3f}]",
