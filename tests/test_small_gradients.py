@@ -379,6 +379,19 @@ def test_a_second_derivative_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
         torch.autograd.grad(port.sum(), [weight], create_graph=True)
 
 
+def test_a_retained_graph_gives_its_gradient_again() -> None:
+    ours, theirs = net(), net("dense")
+    for model in (ours, theirs):
+        loss = loss_of(model, 0)
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert isinstance(p.grad, ProjectedGrad) is (p.ndim == 2)
+        dense = p.grad.to_dense() if isinstance(p.grad, ProjectedGrad) else p.grad
+        torch.testing.assert_close(dense, q.grad, rtol=1e-10, atol=1e-12)
+
+
 class Tied(nn.Module):
     """One weight, two linears."""
 
