@@ -329,7 +329,7 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
 def in_compiled_autograd() -> bool:
     """Whether backward is to be traced: it then runs no Function's own entry."""
     wanted: bool = torch._dynamo.config.compiled_autograd
-    return wanted or torch._dynamo.compiled_autograd.compiled_autograd_enabled
+    return wanted or getattr(torch._dynamo.compiled_autograd, "compiled_autograd_enabled", False)
 
 
 # --- torch's own knobs, for comparisons ---------------------------------------------------
