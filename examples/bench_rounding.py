@@ -8,7 +8,8 @@ trains on real text, in float32, several times over the same batches:
 full      gradients="dense", beside gradients="coordinates"
 moved     the latter, from weights that are each one unit in the last place larger
 
-If the second pair parts as far as the first, the first says nothing about the method.
+If the second pair parts as far as the first, the first says nothing about the method. Beside the
+losses, "weights_apart" is the largest difference of a parameter after the last step.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from memrewrite.bench.text import batches, stdlib_ids
 WARM_UP = 0.2  # of the steps
 
 
-def losses(args: Any, gradients: Any, moved: bool) -> list[float]:
-    """One run."""
+def run(args: Any, gradients: Any, moved: bool) -> tuple[list[float], list[torch.Tensor]]:
+    """The loss of each step, and the parameters after the last."""
     model, _, _ = Request("llama-tiny", 8, 128, args.vocab, args.layers).build()
     if moved:
         with torch.no_grad():
@@ -50,7 +51,7 @@ def losses(args: Any, gradients: Any, moved: bool) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(loss.detach()))
-    return found
+    return found, [p.detach() for p in model.parameters()]
 
 
 def main() -> None:
@@ -66,14 +67,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/rounding.json"))
     args = parser.parse_args()
 
-    small = losses(args, "coordinates", moved=False)
-    others = {
-        "full": losses(args, "dense", moved=False),
-        "moved": losses(args, "coordinates", moved=True),
-    }
+    small, weights = run(args, "coordinates", moved=False)
+    others, apart = {}, {}
+    for name, gradients in (("full", "dense"), ("moved", "coordinates")):
+        others[name], ends = run(args, gradients, moved=name == "moved")
+        apart[name] = max(float((a - b).abs().max()) for a, b in zip(weights, ends, strict=True))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    found = {"settings": settings, "losses": {"small": small, **others}}
+    found = {"settings": settings, "losses": {"small": small, **others}, "weights_apart": apart}
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     marks = sorted({args.steps * n // 8 for n in range(1, 9)} - {0})
     rows = [

@@ -53,7 +53,7 @@ def _accept_none(function: Any) -> None:
     function.memrewrite_backward = backward = function.backward
 
     def fill(ctx: Any, *gradients: Any) -> Any:
-        boxed = len(gradients) == 1 and isinstance(gradients[0], list)  # torch 2.13 on
+        boxed = len(gradients) == 1 and isinstance(gradients[0], list)  # as torch 2.13 calls it
         given = gradients[0] if boxed else list(gradients)
         for i in getattr(ctx, "given", ()):
             if given[i] is None:

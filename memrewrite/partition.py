@@ -28,6 +28,7 @@ from memrewrite.record import GraphRecord, InputRecord, KeptRecord
 from passes.absent import absent_gradients
 from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
+from passes.late import is_random, recompute_late
 from passes.provenance import module_of, operation_of
 from passes.rerun import choose_reruns, freed_operations, pushed_operations
 from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
@@ -114,7 +115,7 @@ def divide(
         _mark_reruns(gm.graph, before, plan, state.freed)
     _never_rerun_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, plan, outputs, exact_first)
-    _keep_sums(forward, backward, outputs)
+    _keep_less(forward, backward, outputs)
     if state.record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, plan.free)
         _settle(state.record, state.groups, before, after, backward.graph)
@@ -125,13 +126,13 @@ def divide(
     return forward, backward
 
 
-def _keep_sums(forward: GraphModule, backward: GraphModule, outputs: int) -> None:
+def _keep_less(forward: GraphModule, backward: GraphModule, outputs: int) -> None:
     """On copies: where it fails, the halves are what they were."""
     ahead, behind = copy_graph(forward.graph), copy_graph(backward.graph)
     try:
-        changed = keep_sums(ahead, behind, outputs, hint)
+        changed = [*keep_sums(ahead, behind, outputs, hint), *recompute_late(behind)]
     except Exception:
-        log.exception("running sums are not kept")
+        log.exception("running sums are not kept, nor recomputations put off")
         return
     if changed:
         forward.graph, backward.graph = ahead, behind
@@ -163,7 +164,7 @@ def _mark_reruns(graph: Graph, kept: Kept, plan: Plan, freed: float) -> None:
         graph.nodes,
         RERUN_SHARE * freed,
         is_free=lambda n: n.meta.get("argument") in plan.free,
-        is_costly=lambda n: _is_costly(n) or _is_random(n),
+        is_costly=lambda n: _is_costly(n) or is_random(n),
         hint=hint,
     )
     names = {node.name for node in chosen}
@@ -180,10 +181,6 @@ def _never_rerun_costly(graph: Graph) -> None:
 
 def _is_costly(node: Node) -> bool:
     return any(part in str(node.target) for part in COSTLY)
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_small(node: Node) -> bool:

@@ -1,14 +1,15 @@
 """Keep a running sum in place of its last term.  [exact]
 
-    before                                          after
-    forward:  y = mm(...);  r' = r + y;  keeps y    forward:  keeps r'
-    backward: r' = r + y;  reads r'                 backward: reads r'
+    before                                                   after
+    forward:  y = mm(...);  r' = r + dropout(y);  keeps y    forward:  keeps r'
+    backward: r' = r + dropout(y);  reads r'                 backward: reads r'
 
 Identity: none is needed; backward is handed what it would have computed. A min-cut sees
 that y and r' have the same size and takes either. With every y of a stack of residual
 blocks kept, backward adds them all up again before its first layer, and holds the sums
 until its last: one sum a block is as many bytes, and no work. Edits the two halves of a
-split; only where r' is all that backward reads y for, and is no larger than y.
+split; only where r' is all that backward reads y for, directly or through elementwise
+operations that serve nothing else, and is no larger than y.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from passes.base import aten, memory_of, tensor_bytes
@@ -64,8 +66,14 @@ def _sweep(
 
 def _only_sum(place: Node) -> Node | None:
     """The sum that is all backward reads this for, if it is."""
-    read = list(islice(readers(place.graph, [place]), 2))
-    return read[0] if len(read) == 1 and read[0].target is aten.add.Tensor else None
+    node = place
+    while len(read := list(islice(readers(place.graph, [node]), 2))) == 1:
+        (node,) = read
+        if node.target is aten.add.Tensor:
+            return node
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            return None
+    return None
 
 
 def _exchange(

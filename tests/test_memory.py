@@ -45,6 +45,29 @@ class Wrapped(nn.Module):
         return self.run(self.model)
 
 
+class Residual(nn.Module):
+    """Three pre-norm blocks, each with a dropout on its branch."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(3))
+        self.linears = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + torch.nn.functional.dropout(linear(norm(x)), self.p)
+        return x.square().sum()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_residual_stack_keeps_its_sums_behind_a_dropout_too(p: float) -> None:
+    model = memrewrite.compile(Residual(p), backend="aot_eager")
+    rows = memrewrite.saved_tensors(model, torch.randn(6, 32))
+    wide = [row.operation for row in rows if row.shape == (6, 32) and row.operation != "gt"]
+    assert wide == ["argument", "add", "add", "add"]  # x, and no linear's output
+
+
 @pytest.mark.parametrize("velora", [False, VeLoRA(8, sites="all")])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import torch
 from graphs import show
 from hypothesis import given, settings
 from test_saved import Builder
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from memrewrite.partition import hint
 from passes.base import aten
@@ -16,23 +18,33 @@ from passes.saved import kept_for_backward
 from passes.sums import keep_sums
 
 
-def halves(blocks: int) -> tuple[Graph, Graph]:
-    """y_i = h_i w, h_{i+1} = h_i + y_i; every y is kept, backward wants cos of every sum."""
+def halves(blocks: int, masked: bool = False) -> tuple[Graph, Graph]:
+    """y_i = h_i w, h_{i+1} = h_i + y_i; every y is kept, backward wants cos of every sum.
+
+    Where masked, h_{i+1} = h_i + y_i mask 1.25: a dropout, whose mask is an argument here.
+    """
     f = Builder()
     h, w = f.place("h", 5, 8), f.place("w", 8, 8)
+    mask = f.place("mask", 5, 8)
+
+    def dropped(b: Builder, y: Node, mask: Node) -> Node:
+        y = b.op(aten.view.default, y, [5, 8])
+        return b.op(aten.mul.Tensor, b.op(aten.mul.Tensor, y, mask), 1.25) if masked else y
+
     total, ys = h, []
     for _ in range(blocks):
         y = f.op(aten.mm.default, total, w)
         ys.append(y)
-        total = f.op(aten.add.Tensor, total, f.op(aten.view.default, y, [5, 8]))
-    forward = f.returns(total, h, *ys)
+        total = f.op(aten.add.Tensor, total, dropped(f, y, mask))
+    forward = f.returns(total, h, mask, *ys)
     b = Builder()
-    total = b.place(h.name, 5, 8)
+    total, mask = b.place(h.name, 5, 8), b.place(mask.name, 5, 8)
     places = [b.place(y.name, 5, 8) for y in ys]
     dy = b.place("dy", 5, 8)
     for y in places:
-        total = b.op(aten.add.Tensor, total, b.op(aten.view.default, y, [5, 8]))
+        total = b.op(aten.add.Tensor, total, dropped(b, y, mask))
         dy = b.op(aten.mul.Tensor, b.op(aten.cos.default, total), dy)
+        dy = b.op(aten.mul.Tensor, dy, mask) if masked else dy
     return forward, b.returns(dy)
 
 
@@ -42,19 +54,20 @@ def run(graph: Graph, *args: Tensor) -> tuple[Tensor, ...]:
 
 
 @settings(max_examples=10, deadline=None)
-@given(blocks=st.integers(1, 5), seed=st.integers(0, 99))
-def test_the_halves_compute_what_they_computed(blocks: int, seed: int) -> None:
+@given(blocks=st.integers(1, 5), masked=st.booleans(), seed=st.integers(0, 99))
+def test_the_halves_compute_what_they_computed(blocks: int, masked: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     h, w, dy = (torch.randn(*s, generator=generator) for s in ((5, 8), (8, 8), (5, 8)))
-    forward, backward = halves(blocks)
-    y, *kept = run(forward, h, w)
+    mask = torch.rand(5, 8, generator=generator).gt(0.2).float()
+    forward, backward = halves(blocks, masked)
+    y, *kept = run(forward, h, w, mask)
     (expected,) = run(backward, *kept, dy)
     before = kept_for_backward(forward, 1, free={1}).bytes
     sums = keep_sums(forward, backward, 1, hint)
     assert len(sums) == blocks
     backward.lint()
     forward.lint()
-    y_again, *kept = run(forward, h, w)
+    y_again, *kept = run(forward, h, w, mask)
     assert torch.equal(y, y_again)
     assert torch.equal(run(backward, *kept, dy)[0], expected)
     assert kept_for_backward(forward, 1, free={1}).bytes <= before
@@ -69,7 +82,7 @@ def test_the_exchange_as_printed() -> None:
         "mm_default: [5, 8] = mm.default(h, w)\n"
         "view_default: [5, 8] = view.default(mm_default, [5, 8])\n"
         "add_tensor: [5, 8] = add.Tensor(h, view_default)\n"
-        "return (add_tensor, h, add_tensor)"
+        "return (add_tensor, h, mask, add_tensor)"
     )
     assert show(GraphModule(torch.nn.Module(), backward)) == (
         "cos_default: [5, 8] = cos.default(add_tensor)\n"
@@ -77,11 +90,22 @@ def test_the_exchange_as_printed() -> None:
         "return (mul_tensor,)"
     )
     names = [n.name for n in backward.find_nodes(op="placeholder")]
-    assert names == ["h", "add_tensor", "dy"]
+    assert names == ["h", "mask", "add_tensor", "dy"]
+
+
+def test_a_dropout_before_the_sum_as_printed() -> None:
+    forward, backward = halves(1, masked=True)
+    assert keep_sums(forward, backward, 1, hint) == ["add_tensor"]
+    assert show(GraphModule(torch.nn.Module(), backward)) == (
+        "cos_default: [5, 8] = cos.default(add_tensor)\n"
+        "mul_tensor_2: [5, 8] = mul.Tensor(cos_default, dy)\n"
+        "mul_tensor_3: [5, 8] = mul.Tensor(mul_tensor_2, mask)\n"
+        "return (mul_tensor_3,)"
+    )
 
 
 def near_miss(
-    use_twice: bool = False, widen: bool = False, share: bool = False
+    use_twice: bool = False, widen: bool = False, share: bool = False, other: Any = None
 ) -> tuple[Graph, Graph]:
     f = Builder()
     h, w = f.place("h", 5, 8), f.place("w", 8, 8 if not widen else 1)
@@ -92,7 +116,8 @@ def near_miss(
     b = Builder()
     x, term = b.place(h.name, 5, 8), b.place(y.name, *y.meta["val"].shape)
     rest = [b.place(view.name, y.meta["val"].numel())] if share else []
-    grad = b.op(aten.cos.default, b.op(aten.add.Tensor, x, term))
+    addend = other(b, term) if other else term
+    grad = b.op(aten.cos.default, b.op(aten.add.Tensor, x, addend))
     if use_twice:
         grad = b.op(aten.mul.Tensor, grad, term)
     return forward, b.returns(grad, *(b.op(aten.sin.default, r) for r in rest))
@@ -113,7 +138,15 @@ def test_silent_where_another_part_keeps_the_memory() -> None:
 
 
 def test_silent_where_backward_reads_the_term_itself_or_the_sum_is_larger() -> None:
-    for miss in ({"use_twice": True}, {"widen": True}, {"share": True}):
+    def halfway(b: Builder, y: Node) -> Node:  # not elementwise
+        return b.op(aten.cumsum.default, y, 0)
+
+    def branching(b: Builder, y: Node) -> Node:  # read by two operations on the way
+        sine = b.op(aten.sin.default, y)
+        return b.op(aten.mul.Tensor, sine, b.op(aten.cos.default, sine))
+
+    misses: list[dict[str, Any]] = [{"use_twice": True}, {"widen": True}, {"share": True}]
+    for miss in (*misses, {"other": halfway}, {"other": branching}):
         forward, backward = near_miss(**miss)
         printed = str(forward), str(backward)
         assert keep_sums(forward, backward, 1, hint) == []
