@@ -341,7 +341,10 @@ KEYS = {"Enter": 13, "Home": 36, "ArrowRight": 39, "ArrowDown": 40}
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     binary = chromium()
     if binary is None:
-        pytest.skip("no Chromium: none on PATH, and MEMREWRITE_CHROMIUM names none")
+        pytest.skip(
+            "these drive the page by mouse and key in Chromium, and there is none on PATH nor in "
+            "MEMREWRITE_CHROMIUM; what the page says is tested above without one"
+        )
     opened = Browser(binary, tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.close()
