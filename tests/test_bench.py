@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from torch import nn
 import memrewrite
 from memrewrite.bench import meters, optimizers, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS, chosen, parse
+from memrewrite.bench.cost import Cost, Settings
 from memrewrite.bench.document import Document
 from memrewrite.bench.page import write_page
+from memrewrite.bench.process import Failed
 from memrewrite.bench.subject import Request, prepare, weights_of
 from memrewrite.bench.summary import problems, summarise
 from memrewrite.bench.table import loss_table, table
@@ -69,6 +72,9 @@ def test_a_name_is_its_parts() -> None:
     assert parse("budget-0.5").functorch == {"activation_memory_budget": 0.5}
     assert parse("lora+velora-all-16").baseline == "lora+torch.compile"
     assert parse("my:own").own == "my:own" and not parse("my:own").exact
+    assert parse("fp8").fp8 == parse("fp8-2.5").fp8 == 2.5 and not parse("torch.compile").inductor
+    (how,) = parse("memrewrite+fp8-0").inductor["post_grad_fusion_options"].values()
+    assert how["size_in_mb"] == 0
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,7 @@ def test_a_name_is_its_parts() -> None:
         ("aggressive", True),
         ("memrewrite+checkpointing", True),
         ("fp8", False),
+        ("memrewrite+fp8-0", False),
         ("velora-auto-16", False),
         ("adafactor", False),
         ("frozen-all", False),
@@ -93,6 +100,7 @@ def test_which_are_exact(name: str, exact: bool) -> None:
     [
         ("torch.compil", "did you mean 'torch.compile'"),
         ("budget-2", "no part of a configuration"),
+        ("fp8-all", "no part of a configuration"),
         ("velora-all-0", "no part of a configuration"),
         ("velora-all-x", "no part of a configuration"),
         ("eager+memrewrite", "disagree about engine"),
@@ -280,6 +288,14 @@ def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(v, *before.values())
 
 
+def test_validation_draws_no_dropout() -> None:
+    asked = Request("gpt2-small", batch=2, seq=16, vocab=300, layers=1, dropout=True)
+    model, _, _ = asked.build()
+    held_out = np.arange(100, dtype=np.uint16)
+    one, other = (quality._validation(model.train(), held_out, asked) for _ in range(2))
+    assert one == other and model.training
+
+
 def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:
     path = tmp_path / "reference"
     torch.save([torch.tensor([3.0]), torch.tensor([4.0])], path)
@@ -319,6 +335,46 @@ assert unique_bytes([(x := torch.ones(8)), x.view(2, 4)]) == 32
 def test_a_known_allocation_is_measured_to_two_percent() -> None:
     environment = {**os.environ, **meters.FREE_AT_ONCE}
     subprocess.run([sys.executable, "-c", ALLOCATE], cwd=ROOT, env=environment, check=True)
+
+
+def test_the_card_that_is_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    names = ("synchronize", "memory_allocated", "max_memory_allocated", "max_memory_reserved")
+    for name in (*names, "reset_peak_memory_stats", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: asked.append(device) or (1, 2))
+    card = meters.meter("cuda:1")
+    for read in (card.settle, card.reset, card.peak, card.reserved, card.taken, card.wait):
+        read()
+    assert card.available() == 1
+    assert len(asked) >= 8 and set(asked) == {(torch.device("cuda:1"),)}
+
+
+def test_what_fails_makes_room_and_what_fits_is_started() -> None:
+    class Worker:
+        configuration, closed = parse("eager"), False
+
+        def __init__(self, **answer: int) -> None:
+            self.answer = answer
+
+        def ask(self, do: str, **facts: Any) -> dict[str, int]:
+            if not self.answer:
+                raise Failed({"stage": do, "message": "planted"})
+            return dict(self.answer)
+
+        def close(self) -> None:
+            self.closed = True
+
+    def start(child: Any) -> bool:
+        return bench._start(child, {"error": None})
+
+    said = (lambda text: None), (lambda: None)
+    bench = Cost(None, Request("eager"), [], Settings(), *said)  # type: ignore[arg-type]
+    bench.scratch = Path("nowhere")
+    bench._cache = lambda configuration: Path()  # type: ignore[method-assign]
+    fits, fills, fails = Worker(taken=10, available=21), Worker(taken=11, available=21), Worker()
+    assert bench._room() and start(fits) and bench._room()
+    assert start(fills) and not bench._room()
+    assert not start(fails) and fails.closed and not (fits.closed or fills.closed)
 
 
 # --- documents and pages -------------------------------------------------------------------

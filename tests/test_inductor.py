@@ -88,6 +88,24 @@ def test_gpt2_under_autocast_with_dynamic_batches() -> None:
     assert max(errors.values()) < 0.06, errors  # bfloat16 has 8 bits
 
 
+def test_torchs_fp8_pass_takes_what_is_left() -> None:
+    """The user's own setting of Inductor: what the split keeps is rounded, and counted so."""
+    how: dict[str, Any] = {"size_in_mb": 0.002, "allowed_dtypes": "torch.float32"}
+    how |= {"quant_type": "torch.float8_e5m2", "use_scaling": True}
+    fp8 = {"post_grad_fusion_options": {"activation_quantization_aten_pass": how}}
+    model, run = llama(layers=1)
+    exact = copy.deepcopy(model)
+    memrewrite.compile(model, options=fp8)
+    memrewrite.compile(exact)
+    for each in (model, exact):
+        run(each).backward()
+    errors = relative_errors(gradients(model), gradients(exact))
+    assert 1e-3 < max(errors.values()) < 0.3, errors  # two bits of a mantissa
+    squared = 2 * 12 * 96 * 4  # the loss outside the model keeps the logits
+    kept, before = (count_saved(each, run) - squared for each in (model, exact))
+    assert kept == memrewrite.report(model).totals["saved_bytes_after"] < 0.8 * before
+
+
 class Counting(CustomGraphPass):
     """A user's own Inductor pass."""
 

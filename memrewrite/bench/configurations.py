@@ -13,7 +13,8 @@
     checkpointing              of each layer, by the model's own switch
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
-    fp8                        torch's fp8 pass over saved activations
+    fp8-X                      torch's fp8 pass over saved activations of X MiB and more; fp8 is
+                               fp8-2.5: attention masks and log-sum-exps do not survive it
     lora                       LoRA adapters on the value and down projections
     peft-velora-M              PEFT's VeLoRA on them
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
@@ -47,17 +48,13 @@ OPTIMIZERS = {  # part: what must be installed
     "apollo-torch": "apollo_torch",
 }
 CONTROLLED: tuple[Controlled, ...] = ("auto", "all", "galore")
-PARAMETRIC = "velora-auto-16", "velora-all-16", "budget-0.5", "peft-velora-16", "slowed-auto-0.25"
-# Without a size limit: its default leaves anything below 100 MB alone. torch's own default
-# lets bf16 alone; a comparison in fp32 needs both.
-FP8 = {
-    "activation_quantization_aten_pass": {
-        "size_in_mb": 0,
-        "allowed_dtypes": "torch.float32;torch.bfloat16",
-        "quant_type": "torch.float8_e5m2",
-        "use_scaling": True,
-    }
-}
+PARAMETRIC = (
+    *("velora-auto-16", "velora-all-16", "budget-0.5", "fp8-2.5", "peft-velora-16"),
+    "slowed-auto-0.25",
+)
+# MiB; its own default, 100, leaves the activations of small models alone. With 0 the masks of
+# 8 x 256 tokens (2 MiB) are rounded too, and the gradients of LLaMA and GPT-2 are not finite.
+FP8_FROM = 2.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Configuration:
     checkpointing: bool = False
     aggressive: bool = False
     budget: float | None = None
-    fp8: bool = False
+    fp8: float | None = None
     lora: bool = False
     peft_velora: int | None = None
     velora: int | None = None
@@ -92,7 +89,8 @@ class Configuration:
 
     @property
     def exact(self) -> bool:
-        approximate = self.fp8 or self.velora or self.peft_velora or self.galore or self.own
+        approximate = self.velora or self.peft_velora or self.galore or self.own
+        approximate = approximate or self.fp8 is not None
         controlled = self.frozen or self.slowed
         return not approximate and self.optimizer == "adamw" and not controlled
 
@@ -132,7 +130,16 @@ class Configuration:
 
     @property
     def inductor(self) -> dict[str, Any]:
-        return {"post_grad_fusion_options": FP8} if self.fp8 else {}
+        """Of the fp8 pass, which by itself takes bf16 alone."""
+        if self.fp8 is None:
+            return {}
+        how = {
+            "size_in_mb": self.fp8,
+            "allowed_dtypes": "torch.float32;torch.bfloat16",
+            "quant_type": "torch.float8_e5m2",
+            "use_scaling": True,
+        }
+        return {"post_grad_fusion_options": {"activation_quantization_aten_pass": how}}
 
     def missing(self) -> str | None:
         """The package without which it cannot run, if one is."""
@@ -184,7 +191,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "memrewrite": {"engine": "memrewrite"},
         "checkpointing": {"checkpointing": True},
         "aggressive": {"aggressive": True},
-        "fp8": {"fp8": True},
+        "fp8": {"fp8": FP8_FROM},
         "lora": {"lora": True},
         "dense": {"dense": True},
         "pushed": {"pushed": True},
@@ -201,6 +208,8 @@ def _meaning(part: str) -> dict[str, Any]:
     kind, _, value = part.rpartition("-")
     if kind == "budget" and _is_share(value):
         return {"budget": float(value)}
+    if kind == "fp8" and value.replace(".", "", 1).isdecimal():
+        return {"fp8": float(value)}
     for controlled in CONTROLLED:
         if kind == f"slowed-{controlled}" and _is_share(value):
             return {"slowed": controlled, "slowdown": float(value)}
@@ -253,6 +262,8 @@ SETS: dict[str, Sequence[str]] = {
         "velora-auto-16+checkpointing",
         "velora-all-16+checkpointing",
         "velora-all-16+budget-0.5",
+        "memrewrite+fp8",
+        "velora-all-16+fp8",
     ),
     "optimizers": (
         "torch.compile",

@@ -50,6 +50,7 @@ class Cost:
     tell: Tell
     tick: Callable[[], None]
     largest: int = 0
+    available: int | None = None
     scratch: Path = field(init=False)
 
     def remaining(self) -> list[tuple[int, Configuration]]:
@@ -132,8 +133,7 @@ class Cost:
         return set(runs)
 
     def _room(self) -> bool:
-        left = meters.available()
-        return left is None or left > HEADROOM * self.largest
+        return self.available is None or self.available > HEADROOM * self.largest
 
     def _start(self, child: Child, run: dict[str, Any]) -> bool:
         name = child.configuration.name
@@ -142,7 +142,10 @@ class Cost:
         reference = self._reference(child.configuration.reference)
         with failing(run):
             run |= child.ask("start", reference=str(reference) if reference.exists() else None)
-            self.largest = max(self.largest, run.pop("process_peak"))
+            self.largest = max(self.largest, run.pop("taken"))
+            self.available = run.pop("available")
+        if run["error"]:
+            child.close()  # what it holds is the others' to take
         return run["error"] is None
 
     def _rounds(
@@ -166,7 +169,7 @@ class Cost:
                         if not found["refresh"]:
                             timed[configuration] = found["seconds"]
                 if run["error"]:
-                    children.pop(configuration)
+                    children.pop(configuration).close()
             for configuration, seconds in timed.items():
                 if base in timed:
                     runs[configuration]["ratios"].append(seconds / timed[base])

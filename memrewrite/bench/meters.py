@@ -45,6 +45,12 @@ class Meter(Protocol):
     def reserved(self) -> int:
         """The most bytes that an allocator of its own took since `reset`; 0 where there is none."""
 
+    def taken(self) -> int:
+        """The most that this process has held."""
+
+    def available(self) -> int:
+        """What can still be taken, by any process."""
+
     def wait(self) -> None:
         """Until the device has done all that was asked of it."""
 
@@ -68,55 +74,57 @@ class Resident:
     def reserved(self) -> int:
         return 0
 
+    def taken(self) -> int:
+        return _status("VmHWM")
+
+    def available(self) -> int:
+        words = Path("/proc/meminfo").read_text().split()
+        return int(words[words.index("MemAvailable:") + 1]) * 1024
+
     def wait(self) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """Of torch's caching allocator."""
+    """Of torch's caching allocator on that device, which need not be the current one."""
+
+    device: torch.device
 
     def settle(self) -> int:
         gc.collect()
-        torch.cuda.synchronize()
+        self.wait()
         torch.cuda.empty_cache()
         self.reset()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated(self.device)
 
     def reset(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device)
 
     def reserved(self) -> int:
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def taken(self) -> int:
+        return self.reserved()
+
+    def available(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free
 
     def wait(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
 
 
 def meter(device: str) -> Meter:
     """Raises OSError where this platform does not tell."""
     if torch.device(device).type == "cuda":
-        return Cuda()
+        return Cuda(torch.device(device))
     Resident().reset()
     return Resident()
-
-
-def process_peak() -> int:
-    """Resident memory at its highest, of the whole process; 0 where it is not told."""
-    return _status("VmHWM") if Path("/proc/self/status").exists() else 0
-
-
-def available() -> int | None:
-    """Bytes that can still be taken on this machine; None where it is not told."""
-    try:
-        words = Path("/proc/meminfo").read_text().split()
-    except OSError:
-        return None
-    return int(words[words.index("MemAvailable:") + 1]) * 1024
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:

@@ -21,7 +21,8 @@ def told(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _form(row: Row) -> dict[str, Any]:
-    return {key: value for key, value in row["configuration"].items() if key not in FORM}
+    """None and False are one: both say of a part that it is not there."""
+    return {key: value or None for key, value in row["configuration"].items() if key not in FORM}
 
 
 def _line(one: Row, other: Row) -> str | None:

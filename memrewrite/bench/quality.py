@@ -109,12 +109,14 @@ def _vocabulary(model: Any) -> int:
 
 
 def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
-    """The plain model's: every configuration is judged by the same arithmetic."""
+    """The plain model's, without dropout: every configuration is judged by the same arithmetic."""
     total = 0.0
+    model.eval()
     with torch.no_grad():
         for batch in islice(batches(held_out, asked.batch, asked.seq or 0, 0), HELD_OUT):
             ids: Tensor = batch.to(asked.device)
             total += float(model.forward(input_ids=ids, labels=ids).loss)
+    model.train()
     return total / HELD_OUT
 
 

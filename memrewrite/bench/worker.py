@@ -92,7 +92,7 @@ class Worker:
         if self.configuration.pushed:  # what runs between refreshes is compiled in the second step
             self.step()
         found |= {"first_step_s": seconds + watch.read(), "graphs": self.graphs}
-        return found | {"process_peak": meters.process_peak()}
+        return found | {"taken": self.meter.taken(), "available": self.meter.available()}
 
     def step(self) -> dict[str, Any]:
         """One more; `refresh` where a projector was due."""
