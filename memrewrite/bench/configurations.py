@@ -14,7 +14,7 @@
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
     fp8-X                      torch's fp8 pass over saved activations of X MiB and more; fp8 is
-                               fp8-2.5: attention masks and log-sum-exps do not survive it
+                               fp8-2.5: attention masks do not survive it
     lora                       LoRA adapters on the value and down projections
     peft-velora-M              PEFT's VeLoRA on them
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
