@@ -21,11 +21,14 @@ compiled: dict[tuple[AnyKind, str], Update] = {}
 
 @dataclass
 class Attachment:
-    """What memrewrite does around the steps of one optimizer."""
+    """What memrewrite does around the steps of one optimizer; dictionaries are by id of the
+    parameter."""
 
-    targets: dict[int, Target] = field(default_factory=dict)  # by id of the parameter
+    targets: dict[int, Target] = field(default_factory=dict)
     ported: dict[int, Session] = field(default_factory=dict)  # gradients that may be small
+    scaled: dict[int, Session] = field(default_factory=dict)  # gradients A (x) v, in any form
     factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
+    dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
     told: set[str] = field(default_factory=set)  # kinds of warning that were given
@@ -62,13 +65,26 @@ def numbers_of(
 ) -> tuple[Any, ...]:
     """Count a step; the scalars of its update, the same for all weights of a kind and group.
 
-    scale: factor on the step, the decay apart.
+    scale: factor on the step, see `slowed`.
     """
     key = (update.kind, id(group), scale, float(step) if step.device.type == "cpu" else None)
     if key in shared and step.device.type == "cpu":  # reading another would wait for its device
         step += 1
         return shared[key]
-    if scale != 1.0:  # (1 - lr wd) W stays what it was
-        group = {**group, "lr": group["lr"] * scale, "weight_decay": group["weight_decay"] / scale}
-    shared[key] = update.numbers(step, hyperparameters(group, update.kind.decays))
+    shared[key] = update.numbers(step, hyperparameters(slowed(group, scale), update.kind.decays))
     return shared[key]
+
+
+def slowed(group: dict[str, Any], scale: float) -> dict[str, Any]:
+    """A parameter group with the step scaled, and its decoupled decay, (1 - lr wd) W, as it was.
+
+    An L2 decay is a part of the gradient, and Adam divides its size out again.
+    """
+    if scale == 1.0:
+        return group
+    decay = group["weight_decay"] / scale if group["decoupled_weight_decay"] else None
+    return {
+        **group,
+        "lr": group["lr"] * scale,
+        "weight_decay": group["weight_decay"] if decay is None else decay,
+    }

@@ -44,6 +44,7 @@ class Variant:
         groups = [i for i in self.record.inputs if i.leader is not None]
         self.leaders = [w for w in self.selected if w.position in {i.leader for i in groups}]
         self.leader_of = {w: i.leader for i in groups for w in i.weights}
+        self.group_of = {w: i.weights for i in groups for w in i.weights}  # the leader first
 
 
 @dataclass
@@ -56,11 +57,18 @@ class Binding:
     projected: dict[int, str]  # argument position -> name of its basis
     calibrated: bool = False
 
+    def __post_init__(self) -> None:
+        """readers: of each selected weight, the names of all that read its input."""
+        groups = self.variant.group_of
+        self.readers: dict[int, tuple[str, ...]] = {
+            w.position: tuple(self.names[p] for p in groups.get(w.position, [w.position]))
+            for w in self.variant.selected
+        }
+
     def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
         """What the compiled graph takes behind its own arguments: see `ports.extra_inputs`."""
-        leader_of, selected = self.variant.leader_of, self.variant.selected
-        names = [self.names[leader_of.get(w.position) or w.position] for w in selected]
-        vectors = [session.vector(n, w) for n, w in zip(names, selected, strict=True)]
+        selected = self.variant.selected
+        vectors = [session.vector(self.readers[w.position], w) for w in selected]
         make: Any = Port.apply
         ports = [
             make(args[w.position], Vector(v, w.left), self.names[w.position])
@@ -111,7 +119,7 @@ class Graph:
         leaders = {w.position for w in variant.leaders}
         for weight, total in zip(variant.observed, results[variant.outputs :], strict=True):
             if weight.position in leaders:
-                self.session.update_mean(binding.names[weight.position], weight, total)
+                self.session.update_mean(binding.readers[weight.position], weight, total)
         return results[: variant.outputs]
 
     def _choice(self, args: Sequence[Any]) -> Choice:
@@ -187,9 +195,8 @@ class Graph:
 
     def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
         session, binding.calibrated = self.session, True
-        missing = [
-            w for w in binding.variant.leaders if binding.names[w.position] not in session.vectors
-        ]
+        leaders = [(w, binding.readers[w.position]) for w in binding.variant.leaders]
+        missing = [w for w, names in leaders if session.vectors.keys().isdisjoint(names)]
         if not missing or session.velora is None:
             return
         totals: dict[int, Tensor] = {}
@@ -197,7 +204,7 @@ class Graph:
             totals = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w in missing})
             _equalise([totals[w.position] for w in missing if w.position in totals])
         for weight in missing:
-            session.vector(binding.names[weight.position], weight, totals.get(weight.position))
+            session.vector(binding.readers[weight.position], weight, totals.get(weight.position))
 
 
 def _equalise(totals: list[Tensor]) -> None:

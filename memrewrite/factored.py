@@ -9,6 +9,8 @@ where the weight is (D, O), moments are (G, O).
 The trajectory is that of stock Adam on the full gradient (`passes.factor`). Where the next
 update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
 the full-size moments that it stands for, exactly, and stock Adam goes on.
+The vector is stored as `resume.pack` has it, and serves to compare: updates read the v of their
+gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from memrewrite.backend import Engine, compile_update
 from memrewrite.basis import Vector, spread
 from memrewrite.listing import listing
 from memrewrite.projected import ProjectedGrad
+from memrewrite.resume import VECTOR, pack, unpack
 from memrewrite.update import Update, add_input, capture
 from passes.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass
@@ -32,7 +35,6 @@ from passes.factor import SQUARE, V, factor_updates
 from passes.lower import lower_ir_ops
 from passes.pieces import cut
 
-VECTOR = "vector"
 MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
 EXAMPLE = 7  # rows of a dynamic one, when it is captured
 HELD = {1: V, 2: V, 3: SQUARE, 4: SQUARE}  # arguments of a captured update: see `update.capture`
@@ -71,7 +73,7 @@ def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> Fa
 def build(kind: FactoredKind, engine: Engine) -> Update:
     """Capture torch's update, factor it, lower and compile it."""
     gm = capture(kind, dynamic=kind.dynamic)
-    vector_dtype = torch.float64 if kind.dtype == torch.float64 else torch.float32
+    vector_dtype = _wide(kind.dtype)
     at = add_input(gm, "vector", (kind.size,), vector_dtype)
     traced = [("captured", listing(gm.graph))]
 
@@ -107,13 +109,32 @@ def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) ->
     assert gradient.coordinates is not None
     device = kind.device if capturable else torch.device("cpu")
     zeros = {name: torch.zeros_like(gradient.coordinates) for name in moments(kind)}
-    v = _vector(gradient).detach().clone()
+    v = pack(_vector(gradient).detach(), gradient.dtype).clone()
     return {"step": torch.zeros((), device=device), **zeros, VECTOR: v}
 
 
 def moments(kind: FactoredKind) -> list[str]:
     """Those that the state has."""
     return list(MOMENTS)[: 3 if kind.amsgrad else 2]
+
+
+def agrees(state: dict[str, Any], v: Tensor) -> bool:
+    """Whether the moments of a factored state are along v (M,)."""
+    held: Tensor = state[VECTOR]
+    if held.ndim == 1 and held.dtype != v.dtype:  # written before it was packed, then cast
+        return torch.equal(held, v.to(held.dtype))
+    return torch.equal(unpack(held, v.dtype), v)
+
+
+def is_untouched(state: dict[str, Any]) -> bool:
+    """Whether every moment is zero: such moments are along any v."""
+    return not any(bool(state[name].any()) for name in MOMENTS if name in state)
+
+
+def turn(state: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Give a factored state whose moments are zero the v of the gradient."""
+    gradient: Any = parameter.grad
+    state[VECTOR] = pack(_vector(gradient).detach(), gradient.dtype).clone()
 
 
 def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -> list[Tensor]:
@@ -139,9 +160,14 @@ def _rows(tensor: Tensor, columns: int) -> Tensor:
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of v."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:
     """The full-size state that factored state stands for, in its place."""
-    v = state.pop(VECTOR)
+    v = unpack(state.pop(VECTOR), _wide(parameter.dtype))
     for name, basis in MOMENTS.items():
         if name in state:
             w = v * v if basis == SQUARE else v

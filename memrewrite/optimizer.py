@@ -30,12 +30,15 @@ from memrewrite.factored import FactoredKind
 from memrewrite.projected import ProjectedGrad
 from memrewrite.projection import Selection, sites_of
 from memrewrite.pushed import announce, given, is_small, receive
+from memrewrite.sites import candidates
 from memrewrite.small_gradients import (
     spread_orphans,
+    step_densely,
     takes,
     update_factored,
     warn_of_dense,
-    warn_of_full_gradients,
+    warn_of_scale,
+    warn_of_sums,
 )
 from memrewrite.state import Session, live_sessions
 from memrewrite.target import Target, check_state, check_target, refresh_if_due
@@ -110,14 +113,27 @@ def _attached(optimizer: Optimizer) -> Attachment:
         ours = [session for session in sessions if session.galore is not None]
         left = [p for p in found if id(p) not in ported]  # a small gradient needs no GaLore
         attachment.targets = _targets(ours, left, attachment.targets)
+        attachment.scaled = _scaled(sessions, found)
         attachment.key = key
         for session in sessions:
-            warn_of_full_gradients(session)
+            warn_of_sums(session)
     if attachment.targets:
         _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
     if _is_adam(optimizer):
         _check_members(optimizer, attachment)
     return attachment
+
+
+def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[int, Session]:
+    """By name, because a sharded weight is another parameter than the one that a graph saw."""
+    ours = {id(p) for p in members}
+    return {
+        id(candidate.parameter): session
+        for session in sessions
+        if (factored := session.factored()) and (model := session.model()) is not None
+        for candidate in candidates(model)
+        if candidate.name in factored and id(candidate.parameter) in ours
+    }
 
 
 def _targets(
@@ -199,13 +215,14 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
     attachment = _attached(optimizer)
-    attachment.factored = {}
+    attachment.factored, attachment.dense = {}, {}
     _complain_of_unserved()
     if not _is_adam(optimizer):
         warn_of_dense(optimizer, attachment)
+        warn_of_scale(optimizer, attachment)
         return
     spread_orphans(optimizer, attachment)
-    if not (attachment.targets or attachment.ported):
+    if not (attachment.targets or attachment.ported or attachment.scaled):
         return
     if attachment.post_hook is None:
         hook: Any = torch.compiler.disable(_update)  # type: ignore[no-untyped-call]
@@ -263,10 +280,21 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
             failure = _update_one(target, group, grad, optimizer, attachment, shared)
             if failure is not None:
                 attachment.warn_once("refresh", _refresh_failed(target, failure))
+        _step_densely(optimizer, attachment)
     if len(compiled) > built:
         served = [target.session for target in attachment.targets.values()]
         for session in {*served, *attachment.ported.values()}:
             session.changed(complete=True)
+
+
+def _step_densely(optimizer: Optimizer, attachment: Attachment) -> None:
+    dense = attachment.dense
+    for group in optimizer.param_groups if dense else []:
+        scales = {dense[id(p)].step_scale for p in group["params"] if id(p) in dense}
+        for scale in scales:
+            mine = [p for p in group["params"] if id(p) in dense]
+            mine = [p for p in mine if dense[id(p)].step_scale == scale]
+            step_densely(optimizer, group, mine, scale)
 
 
 def _update_one(

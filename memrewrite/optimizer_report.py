@@ -9,9 +9,9 @@ from typing import Any, Literal
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from memrewrite.factored import VECTOR
 from memrewrite.optimizer import attachments
 from memrewrite.projection import Selection, Site, projected_numbers, sites_of
+from memrewrite.resume import VECTOR
 from memrewrite.state import Session
 from memrewrite.target import Target
 

@@ -29,12 +29,12 @@ class VeLoRA:
         first training batch, then frozen (the paper's). "running_mean": the same mean
         over all batches so far. "ones": 1/sqrt(M), no calibration. "random": a fixed
         random direction.
-    lr_scale: factor on Adam's step of the compressed weights, their decay apart. Under Adam
-        |v| cancels and a step moves W along sign(v), which moves the layer's output up to
-        sqrt(M) times further than an ordinary one: "sqrt" divides by that. Applies to small
-        gradients alone. 1.0 is the paper's; None, the default, is "sqrt" where gradients are
-        small, because it was far better at equal learning rates and at each row's best one
-        (docs/results), and 1.0 where they are not.
+    lr_scale: factor on the steps of torch.optim.Adam and AdamW for the compressed weights,
+        decoupled decay excluded. Under Adam |v| cancels and a step moves W along sign(v), which
+        moves the layer's output up to sqrt(M) times further than an ordinary one: "sqrt"
+        divides by that. It acts wherever the whole gradient of a weight is A (x) v, in whatever
+        form the gradient arrives. 1.0 is the paper's; None, the default, is "sqrt", because it
+        was far better at equal learning rates and at each row's best one (docs/results).
     gradients: "coordinates": backward returns a compressed weight's gradient as the (O, G)
         numbers that it is made of (`weight.grad` is a ProjectedGrad, of the full shape to
         whoever looks), and Adam keeps moments of these alone, exactly. "dense": the full
@@ -62,12 +62,6 @@ class VeLoRA:
             _check_finite("lr_scale", self.lr_scale)
             if isinstance(self.lr_scale, int | float) and self.lr_scale <= 0:
                 raise ValueError(f"lr_scale={self.lr_scale} is not positive")
-        if self.lr_scale not in (1.0, None) and self.full_gradients:
-            raise UnsupportedError(
-                f"lr_scale={self.lr_scale!r} acts on small gradients, which gradients='dense' and "
-                "init='running_mean' turn off; give the compressed weights an optimizer parameter "
-                "group of their own instead"
-            )
         object.__setattr__(self, "sites", _checked_sites(self.sites))
 
     @property
@@ -75,8 +69,7 @@ class VeLoRA:
         """lr_scale as a number."""
         if isinstance(self.lr_scale, int | float):
             return self.lr_scale
-        ours = self.lr_scale == "sqrt" or not self.full_gradients
-        return self.subtoken_size**-0.5 if ours else 1.0
+        return 1 / math.sqrt(self.subtoken_size)
 
     @property
     def full_gradients(self) -> bool:

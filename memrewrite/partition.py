@@ -29,6 +29,7 @@ from passes.absent import absent_gradients
 from passes.base import Pass, arguments, copy_graph, memory_of, storage_of, tensor_bytes
 from passes.find import WeightGradient, shared_inputs, weight_gradients
 from passes.late import is_random, recompute_late
+from passes.port import factored_gradients
 from passes.provenance import module_of, operation_of
 from passes.rerun import choose_reruns, freed_operations, pushed_operations
 from passes.saved import Kept, exclusive_inputs, kept_for_backward, readers
@@ -80,6 +81,8 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
 
         def after(one: Pass, graph: Graph) -> None:
             record.show(one.name, listing(graph))
+            if one.name == "fold_reconstruction":
+                record.factored = factored_gradients(graph, [w for w, _ in plan.vectors])
 
         record.passes = [step.to_json() for step in pipeline.run(gm, todo, after)]
         state.freed = freed
@@ -91,6 +94,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"
         state.record.inputs = _inputs(state.groups, set())
+        state.record.factored = []
         warnings.warn(
             f"memrewrite could not rewrite a graph and keeps its exact gradients: {error}",
             MemrewriteWarning,

@@ -101,7 +101,8 @@ class GraphRecord:
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
-    ported: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
+    factored: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
+    ported: list[int] = field(default_factory=list)  # those of which A alone is returned
     projected: list[int] = field(default_factory=list)  # weights with a gradient P R or R P^T
     absent: dict[int, int] = field(default_factory=dict)  # outputs whose gradient may be: bytes
     kept_before: int = 0

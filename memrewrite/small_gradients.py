@@ -1,26 +1,34 @@
-"""Adam steps on small gradients: which weights, their update, and when stock Adam takes over."""
+"""Adam steps on compressed weights: which are small, their update, when stock Adam takes over."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.autograd.graph import increment_version
+from torch.optim import Adam, Optimizer
 
-from memrewrite.attachment import Attachment, members, numbers_of, update_of
+from memrewrite.attachment import Attachment, members, numbers_of, slowed, update_of
+from memrewrite.basis import Vector
 from memrewrite.errors import warn
 from memrewrite.factored import (
-    VECTOR,
     FactoredKind,
+    agrees,
     build,
     initialise,
     inputs,
+    is_untouched,
     kind_of,
+    moments,
     obstacle,
     spread_state,
+    turn,
 )
 from memrewrite.projected import ProjectedGrad
+from memrewrite.resume import VECTOR, unpack
 from memrewrite.state import Session
 
 
@@ -30,47 +38,90 @@ def takes(
     """True for a parameter that the stock step is to leave to us, this time."""
     if parameter.grad is None or id(parameter) in attachment.targets:
         return parameter.grad is not None
-    if id(parameter) not in attachment.ported:
+    if id(parameter) in attachment.ported:
+        if _takes_small(parameter, group, optimizer.state[parameter], attachment):
+            return True
+    session = attachment.scaled.get(id(parameter))
+    if session is None or session.step_scale == 1.0:
         return False
-    state = optimizer.state[parameter]
-    reason = obstacle(parameter, group, state)
-    if reason is None and not _same_vector(parameter, state, attachment):
-        reason = "its v was replaced while the moments stayed"
-    if reason is None:
-        grad: Any = parameter.grad
-        kind = kind_of(parameter, grad.basis, group)
-        attachment.factored[id(parameter)] = kind
-        if not state:
-            state.update(initialise(kind, grad, group["capturable"]))
-        return True
-    _give_up(parameter, group, state, reason, attachment)
-    _warn_of_scale(parameter, reason, attachment)
-    return False
-
-
-def _same_vector(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> bool:
-    """Compared anew only where one of the two is another tensor: v is never written in place."""
-    if not state:
-        return True
-    grad: Any = parameter.grad
-    pair = state[VECTOR], grad.basis.v
-    known = attachment.compared.get(id(parameter))
-    if known is not None and known[0] is pair[0] and known[1] is pair[1]:
-        return True
-    if not torch.equal(pair[0], pair[1].to(pair[0].dtype)):  # load_state_dict casts it
-        return False
-    attachment.compared[id(parameter)] = pair
+    attachment.dense[id(parameter)] = session
     return True
 
 
-def _warn_of_scale(parameter: nn.Parameter, reason: str, attachment: Attachment) -> None:
-    velora = attachment.ported[id(parameter)].velora
-    if velora is not None and velora.lr_scale not in (1.0, None):
-        attachment.warn_once(
-            "scale",
-            f"lr_scale={velora.lr_scale!r} does not act on a compressed weight "
-            f"{tuple(parameter.shape)}, which takes stock Adam's step: {reason}",
-        )
+def _takes_small(
+    parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any], attachment: Attachment
+) -> bool:
+    reason = obstacle(parameter, group, state)
+    if reason is None and state and not _along(parameter, state, attachment):
+        reason = "its v was replaced while the moments stayed"
+    if reason is not None:
+        _give_up(parameter, group, state, reason, attachment)
+        return False
+    grad: Any = parameter.grad
+    kind = kind_of(parameter, grad.basis, group)
+    attachment.factored[id(parameter)] = kind
+    if not state:
+        state.update(initialise(kind, grad, group["capturable"]))
+    attachment.compared[id(parameter)] = state[VECTOR], grad.basis.v
+    return True
+
+
+def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> bool:
+    """Whether the moments can go on along the gradient's v, which may have to give way.
+
+    Compared anew only where one of the two is another tensor: v is never written in place.
+    """
+    grad: Any = parameter.grad
+    held, v = state[VECTOR], grad.basis.v
+    known = attachment.compared.get(id(parameter))
+    if known is not None and known[0] is held and known[1] is v:
+        return True
+    if agrees(state, v):
+        return True
+    if is_untouched(state):
+        turn(state, parameter)
+        return True
+    if known is not None and known[0] is held:  # the user's own v: memrewrite.load_state_dict
+        return False
+    _follow(parameter, unpack(held, v.dtype).to(v.device), attachment)
+    return True
+
+
+def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) -> None:
+    """Go on along the v of a state that was loaded after the forward of this gradient."""
+    grad: Any = parameter.grad
+    attachment.ported[id(parameter)].replace_vector(grad.basis.v, v)
+    share = torch.dot(grad.basis.v, v)
+    basis = Vector(v, grad.basis.left)
+    parameter.grad = ProjectedGrad(grad.coordinates * share.to(grad.dtype), basis, grad.shape)
+    attachment.warn_once(
+        "loaded",
+        f"an optimizer's state was loaded after the forward of this step: the moments of a "
+        f"compressed weight {tuple(parameter.shape)} are along another v than its gradient. The "
+        "v of the moments is kept, and this one step goes by an approximation of the gradient; "
+        "load the optimizer before the first forward",
+    )
+
+
+def step_densely(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter], scale: float
+) -> None:
+    """torch's own step of some parameters of a group, scaled by `lr_scale`."""
+    one: Any = _OneGroup(optimizer, {**slowed(group, scale), "params": list(parameters)})
+    inspect.unwrap(Adam.step)(one)
+
+
+class _OneGroup:
+    """An optimizer, but for its parameter groups."""
+
+    def __init__(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        self.optimizer, self.param_groups = optimizer, [group]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def _init_group(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.optimizer)._init_group(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _give_up(
@@ -112,29 +163,46 @@ def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
         )
 
 
-def warn_of_full_gradients(session: Session) -> None:
-    """Compressed weights whose gradients stay full, where a scale of their step was asked for."""
+def warn_of_scale(optimizer: Optimizer, attachment: Attachment) -> None:
+    """lr_scale is a factor on Adam's step, and this optimizer has another."""
+    asked = {
+        session.velora.lr_scale
+        for session in attachment.scaled.values()
+        if session.velora is not None and session.velora.lr_scale not in (1.0, None)
+    }
+    if asked:
+        attachment.warn_once(
+            "scale",
+            f"lr_scale={asked.pop()!r} is a factor on the steps of torch.optim.Adam and AdamW; "
+            f"{type(optimizer).__name__} steps {len(attachment.scaled)} compressed weights "
+            "without it: give them a parameter group of their own, or pass lr_scale=1.0",
+        )
+
+
+def warn_of_sums(session: Session) -> None:
+    """Compressed weights whose gradients have other terms, where a scale was asked for."""
     velora = session.velora
     if velora is None or velora.lr_scale in (1.0, None):
         return
     if session.scale_checked or not session.graphs:
         return
     session.scale_checked = True
-    small = {id(p) for p in session.ported()}
-    full = {
+    factored = session.factored()
+    others = {
         b.names[position]: tuple(parameter.shape)
         for graph in session.graphs
         for b in graph.bindings.values()
         for record in b.variant.record.inputs
         for position in record.weights
-        if (parameter := dict(b.parameters)[position]()) is not None and id(parameter) not in small
+        if (parameter := dict(b.parameters)[position]()) is not None
+        and b.names[position] not in factored
     }
-    if full:
-        name, shape = next(iter(full.items()))
+    if others:
+        name, shape = next(iter(others.items()))
         warn(
-            f"lr_scale={velora.lr_scale!r} does not act on {len(full)} compressed weights whose "
-            f"gradients stay full-size (for one, {name} {shape}: shared, or no layer's own); give "
-            "them an optimizer parameter group of their own"
+            f"lr_scale={velora.lr_scale!r} does not act on {len(others)} compressed weights whose "
+            f"gradients are sums (for one, {name} {shape}: it is shared); give them an optimizer "
+            "parameter group of their own"
         )
 
 
@@ -150,7 +218,7 @@ def update_factored(
     if state["step"].device.type != "cpu" and not group["capturable"]:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
     update = update_of(kind, session, build)
-    assert session.velora is not None  # no gradient is small without
-    scale = session.velora.step_scale
-    numbers = numbers_of(update, state["step"], group, shared, scale)
+    numbers = numbers_of(update, state["step"], group, shared, session.step_scale)
     update.apply(inputs(parameter, state, kind), numbers)
+    if kind.dynamic:  # it wrote through tensors of the same memory that autograd does not know
+        increment_version([parameter, *(state[name] for name in moments(kind))])

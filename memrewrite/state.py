@@ -1,9 +1,10 @@
 """What outlives a step: one v per compressed input, and what each graph decided.
 
-A session belongs to one compiled model and is forgotten with it. v is keyed by the
-name of the weight that leads its input's group, never by graph: a model captured as
-many graphs, or captured again for other shapes, keeps one v per weight. A v is never
-written in place, because a backward may still hold the v of its forward.
+A session belongs to one compiled model and is forgotten with it. A v belongs to an input,
+and is kept under the name of every compressed weight that reads this input, never by graph:
+a model captured as many graphs, or again for other shapes or with other weights trained,
+keeps it. A v is never written in place, because a backward may still hold that of its
+forward.
 """
 
 from __future__ import annotations
@@ -86,6 +87,24 @@ class Session:
             and (parameter := dict(binding.parameters)[weight.position]()) is not None
         }
 
+    def factored(self) -> set[str]:
+        """The names of the weights whose gradients are A (x) v, in whatever form they arrive."""
+        return {
+            binding.names[position]
+            for graph in self.graphs
+            for binding in graph.bindings.values()
+            for position in binding.variant.record.factored
+        }
+
+    @property
+    def step_scale(self) -> float:
+        """Factor on the optimizer's step of those."""
+        return self.velora.step_scale if self.velora else 1.0
+
+    def replace_vector(self, old: Tensor, new: Tensor) -> None:
+        """Give the input that v `old` is of another one, (M,)."""
+        self.vectors |= {name: new for name, v in self.vectors.items() if v is old}
+
     def pushed(self) -> list[Tensor]:
         """The weights whose gradients come in a projector's coordinates, in those."""
         return self._returned("projected")
@@ -160,14 +179,19 @@ class Session:
                 f"{self.velora.subtoken_size}; compile with the options of the saved run"
             )
 
-    def vector(self, name: str, weight: Weight, total: Tensor | None = None) -> Tensor:
-        """v of a group's leader, made on first use: (M,), unit norm."""
-        v = self.vectors.get(name)
+    def vector(self, names: Sequence[str], weight: Weight, total: Tensor | None = None) -> Tensor:
+        """v (M,) of the input that the weights of these names read, made on first use.
+
+        The first name that has one decides; from then on all have it.
+        """
+        v = self.vectors.get(names[0])
         if v is None:
-            v = self._initial(name, weight, total)
+            v = next((self.vectors[n] for n in names if n in self.vectors), None)
+            v = self._initial(names[0], weight, total) if v is None else v
+            self.vectors |= dict.fromkeys(names, v)
         if v.device != weight.device or v.dtype != weight.dtype:
             v = v.to(weight.device, weight.dtype)
-        self.vectors[name] = v
+            self.vectors |= dict.fromkeys(names, v)
         return v
 
     def _initial(self, name: str, weight: Weight, total: Tensor | None) -> Tensor:
@@ -179,12 +203,13 @@ class Session:
             self.unseen.add(name)
         return normalised(total, weight)
 
-    def update_mean(self, name: str, weight: Weight, total: Tensor) -> None:
+    def update_mean(self, names: Sequence[str], weight: Weight, total: Tensor) -> None:
         """Add one batch to a running mean; the old v stays with the forwards that read it."""
-        known = self.sums.get(name)
+        known = next((self.sums[name] for name in names if name in self.sums), None)
         total = total.to(torch.float64)
-        self.sums[name] = total if known is None else known.to(total.device) + total
-        self.vectors[name] = normalised(self.sums[name], weight)
+        total = total if known is None else known.to(total.device) + total
+        self.sums |= dict.fromkeys(names, total)
+        self.vectors |= dict.fromkeys(names, normalised(total, weight))
 
 
 def normalised(total: Tensor | None, weight: Weight) -> Tensor:

@@ -17,11 +17,11 @@ Source: design.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.attach import detach_ports, is_zeros_of_port
 from passes.base import (
@@ -77,13 +77,28 @@ def return_coordinates(ports: Sequence[Ported]) -> Pass:
     return Pass(name, rewrite, exact=True, key=tuple(ports), identity=identity, drops=True)
 
 
-def _coordinates(node: Any, user: Node, left: bool) -> Coordinates | None:
-    """What a gradient is made of, seen through what nothing else reads."""
+def factored_gradients(graph: Graph, weights: Iterable[int]) -> list[int]:
+    """Those weights whose whole gradient is c A (x) v, however it is going to be returned."""
+    output = graph.output_node()
+    returned: Any = output.args[0]
+    gradient = dict(zip(output.meta["gradient_of"], returned, strict=True))
+    return [
+        w
+        for w in weights
+        if any(_coordinates(gradient.get(w), output, left, make=False) for left in (False, True))
+    ]
+
+
+def _coordinates(node: Any, user: Node, left: bool, make: bool = True) -> Coordinates | None:
+    """What a gradient is made of, seen through what nothing else reads.
+
+    make: insert the transpose that a small gradient needs; False leaves the graph as it is.
+    """
     factors: list[float] = []
     transposed = False
     while isinstance(node, Node) and set(node.users) == {user}:
         if node.target is velora_reconstruct:
-            small = _across(operand(node, 0)) if left else operand(node, 0)
+            small = _across(operand(node, 0)) if left and make else operand(node, 0)
             return Coordinates(small, tuple(factors)) if transposed == left else None
         if node.target is aten.mul.Tensor and isinstance(node.args[1], float):
             factors.append(node.args[1])

@@ -139,10 +139,57 @@ def test_the_step_is_scaled_and_the_decay_is_not(scale: Any) -> None:
     same(ours, theirs)
 
 
+def halve_and_double(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.grad = p.grad.clamp(-1e9, 1e9)  # the same values, in full
+
+
+FORMS: dict[str, tuple[dict[str, Any], Callable[[nn.Module], object]]] = {
+    "small": ({}, lambda model: None),
+    "dense": ({"gradients": "dense"}, lambda model: None),
+    "made dense": ({}, halve_and_double),
+}
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"fused": True}, {"foreach": False}, {"amsgrad": True}])
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_a_step_does_not_depend_on_the_form_of_the_gradient(kind: Any, optimizer: Any) -> None:
+    decay = 0.1 if kind is AdamW else 0.0
+    models = []
+    for options, between in FORMS.values():
+        models.append(model := net(lr_scale=None, **options))
+        found = kind(model.parameters(), lr=1e-2, weight_decay=decay, **optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(4):
+            scaler.scale(loss_of(model, step)).backward()  # type: ignore[no-untyped-call]
+            between(model)
+            scaler.step(found)
+            scaler.update()
+            found.zero_grad()
+    same(models[0], models[1])
+    same(models[0], models[2])
+    other = net(lr_scale=1.0)  # the scale is seen at all
+    fit(other, kind(other.parameters(), lr=1e-2, weight_decay=decay, **optimizer), range(4))
+    assert not torch.allclose(other.up.weight, models[0].up.weight, rtol=1e-4)
+
+
+def test_a_scale_acts_on_running_means_and_beside_an_l2_decay() -> None:
+    for options, decay in (({"init": "running_mean"}, 0.0), ({}, 0.1)):
+        ours, theirs = (net(lr_scale=scale, **options) for scale in (0.5, 1.0))
+        fit(ours, Adam(ours.parameters(), lr=1e-2, weight_decay=decay), range(4))
+        slow = {"params": [theirs.up.weight, theirs.down.weight], "lr": 5e-3}
+        groups = [slow, {"params": [theirs.up.bias]}]
+        fit(theirs, Adam(groups, lr=1e-2, weight_decay=decay), range(4))
+        same(ours, theirs)
+
+
 def test_a_scale_that_cannot_act_says_so() -> None:
     model = net(lr_scale=0.5)
-    with pytest.warns(MemrewriteWarning, match=r"lr_scale=0.5 does not act.*an L2 decay"):
-        fit(model, Adam(model.parameters(), weight_decay=0.1), range(2))
+    with pytest.warns(MemrewriteWarning) as told:
+        fit(model, SGD(model.parameters(), lr=0.1), range(2))
+    (said,) = [str(w.message) for w in told if "lr_scale" in str(w.message)]
+    assert "lr_scale=0.5" in said and "SGD steps 2 compressed weights without it" in said
     torch.manual_seed(0)
     velora = VeLoRA(subtoken_size=M, sites="all", lr_scale="sqrt")
     tied = memrewrite.compile(Tied().double(), velora=velora, backend="aot_eager")

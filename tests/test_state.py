@@ -32,10 +32,12 @@ def trained(velora: VeLoRA, x: Tensor = X, model: nn.Module | None = None) -> nn
 def test_every_init_gives_a_unit_vector_per_shared_input(init: Any) -> None:
     state = memrewrite.state_dict(trained(VeLoRA(subtoken_size=8, sites="all", init=init)))
     vectors = {k: v for k, v in state.items() if k.startswith("velora.v.")}
-    assert set(vectors) == {
-        f"velora.v.{name}"
-        for name in (*(f"blocks.{i}.{n}_proj" for i in (0, 1) for n in ("gate", "down")), "head")
-    }
+    layers = [f"blocks.{i}.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")]
+    assert set(vectors) == {f"velora.v.{name}" for name in (*layers, "head")}
+    for i in (0, 1):  # one input, one v, under the name of each weight that reads it
+        of = {n: vectors[f"velora.v.blocks.{i}.{n}_proj"] for n in ("gate", "up", "down")}
+        assert torch.equal(of["gate"], of["up"])
+        assert torch.equal(of["gate"], of["down"]) is (init == "ones")
     for v in vectors.values():
         assert v.shape == (8,) and v.dtype == torch.float64
         torch.testing.assert_close(v.norm(), torch.ones_like(v.norm()))
