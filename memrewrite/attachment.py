@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memrewrite.basis import Vector
 from memrewrite.errors import warn
 from memrewrite.factored import FactoredKind
 from memrewrite.state import Session
@@ -27,10 +28,12 @@ class Attachment:
     targets: dict[int, Target] = field(default_factory=dict)
     ported: dict[int, Session] = field(default_factory=dict)  # gradients that may be small
     scaled: dict[int, Session] = field(default_factory=dict)  # gradients A (x) v, in any form
+    expected: dict[int, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
     factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
     dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
+    state_hook: Any = None
     told: set[str] = field(default_factory=set)  # kinds of warning that were given
     compared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
 

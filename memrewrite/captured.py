@@ -21,6 +21,7 @@ from memrewrite.logs import tell
 from memrewrite.plan import ProjectedWeight, Weight, make_plan
 from memrewrite.ports import Port, extra_inputs, trained_outputs
 from memrewrite.record import GraphRecord
+from memrewrite.resume import states_of
 from memrewrite.selection import Choice, choose
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Graph:
         if known is None or not all(p() is args[i] for i, p in known.parameters):
             self.bindings = {k: b for k, b in self.bindings.items() if k[0] is not known}
             known = self.choices[key] = choose(self.session, self.positions, args)
+            self.session.recall_bases([site for _, site in known.sites])
             if not self.training:
                 known.selected, known.sites = [], []
             if not trained_outputs(self.gm):
@@ -197,6 +199,7 @@ class Graph:
         session, binding.calibrated = self.session, True
         leaders = [(w, binding.readers[w.position]) for w in binding.variant.leaders]
         missing = [w for w, names in leaders if session.vectors.keys().isdisjoint(names)]
+        missing = self._not_recalled(binding, missing)
         if not missing or session.velora is None:
             return
         totals: dict[int, Tensor] = {}
@@ -205,6 +208,18 @@ class Graph:
             _equalise([totals[w.position] for w in missing if w.position in totals])
         for weight in missing:
             session.vector(binding.readers[weight.position], weight, totals.get(weight.position))
+
+    def _not_recalled(self, binding: Binding, leaders: list[Weight]) -> list[Weight]:
+        """Take v from what optimizers hold of the weights that read an input; the others."""
+        groups, parameters = binding.variant.group_of, dict(binding.parameters)
+        readers = {i: parameters[i]() for w in leaders for i in groups[w.position]}
+        states = states_of(p for p in readers.values() if p is not None) if leaders else {}
+        rest = []
+        for weight in leaders:
+            held = [s for i in groups[weight.position] for s in states.get(id(readers[i]), ())]
+            if not self.session.recall(binding.readers[weight.position], weight, held):
+                rest.append(weight)
+        return rest
 
 
 def _equalise(totals: list[Tensor]) -> None:

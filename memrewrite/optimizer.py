@@ -5,6 +5,7 @@ the gradients of the projected parameters while it collects its own; after it th
 parameters take their rewritten update. State lives in `optimizer.state[p]`:
 
     step ()   exp_avg, exp_avg_sq (r, D) or (O, r)   [max_exp_avg_sq]   projector (side, r)
+    projector_stale ()   1 where the latest refresh failed
 
 plain tensors, so `state_dict`, `load_state_dict` and `torch.load(weights_only=True)` know
 it already. Everything that can be refused is refused before anything is written, and an
@@ -14,23 +15,21 @@ optimizer that has nothing to do with us is left alone.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from memrewrite import membership
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
-from memrewrite.errors import UnsupportedError, warn
+from memrewrite.errors import warn
 from memrewrite.factored import FactoredKind
 from memrewrite.projected import ProjectedGrad
-from memrewrite.projection import Selection, sites_of
 from memrewrite.pushed import announce, given, is_small, receive
-from memrewrite.sites import candidates
 from memrewrite.small_gradients import (
     spread_orphans,
     step_densely,
@@ -38,19 +37,11 @@ from memrewrite.small_gradients import (
     update_factored,
     warn_of_dense,
     warn_of_scale,
-    warn_of_sums,
 )
 from memrewrite.state import Session, live_sessions
-from memrewrite.target import Target, check_state, check_target, refresh_if_due
+from memrewrite.target import Target, refresh_if_due
 from memrewrite.update import Update, build
 
-PATIENCE = 20  # optimizer steps before a session that no optimizer serves is reported
-
-
-_attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-_selections: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Selection]] = (
-    weakref.WeakKeyDictionary()
-)
 _installed: list[Any] = []
 
 
@@ -67,7 +58,7 @@ def attach(optimizer: Optimizer) -> None:
     Raises ValueError where none of its parameters is projected, and whatever the first
     step would raise.
     """
-    if not _attached(optimizer).targets:
+    if not membership.attached(optimizer).targets:
         raise ValueError(
             f"no parameter of this {type(optimizer).__name__} is projected: compile the model "
             "first, memrewrite.compile(model, galore_rank=...), and build the optimizer over "
@@ -77,7 +68,7 @@ def attach(optimizer: Optimizer) -> None:
 
 def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
     """The optimizers that update projected or compressed parameters of a session."""
-    for optimizer, attachment in list(_attachments.items()):
+    for optimizer, attachment in membership.attachments():
         served = [target.session for target in attachment.targets.values()]
         if any(one is session for one in (*served, *attachment.ported.values())):
             yield optimizer, attachment
@@ -97,127 +88,17 @@ def updates_of(session: Session) -> list[Update]:
     return sorted(found, key=lambda u: (isinstance(u.kind, FactoredKind), str(u.kind)))
 
 
-# --- which parameters, and whether all is well ----------------------------------------------
-
-
-def _attached(optimizer: Optimizer) -> Attachment:
-    """The optimizer's attachment, made or brought up to date, and checked."""
-    attachment = _attachments.setdefault(optimizer, Attachment())
-    sessions = live_sessions()
-    found = [parameter for _, parameter in members(optimizer)]
-    bindings = sum(len(graph.bindings) for session in sessions for graph in session.graphs)
-    key = (bindings, *map(id, sessions), *map(id, found))
-    if key != attachment.key:
-        ported = {id(p): session for session in sessions for p in session.ported()}
-        attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
-        ours = [session for session in sessions if session.galore is not None]
-        left = [p for p in found if id(p) not in ported]  # a small gradient needs no GaLore
-        attachment.targets = _targets(ours, left, attachment.targets)
-        attachment.scaled = _scaled(sessions, found)
-        attachment.key = key
-        for session in sessions:
-            warn_of_sums(session)
-    if attachment.targets:
-        _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
-    if _is_adam(optimizer):
-        _check_members(optimizer, attachment)
-    return attachment
-
-
-def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[int, Session]:
-    """By name, because a sharded weight is another parameter than the one that a graph saw."""
-    ours = {id(p) for p in members}
-    return {
-        id(candidate.parameter): session
-        for session in sessions
-        if (factored := session.factored()) and (model := session.model()) is not None
-        for candidate in candidates(model)
-        if candidate.name in factored and id(candidate.parameter) in ours
-    }
-
-
-def _targets(
-    sessions: list[Session], members: list[nn.Parameter], known: dict[int, Target]
-) -> dict[int, Target]:
-    alive = {id(session) for session in sessions}
-    targets = {key: target for key, target in known.items() if id(target.session) in alive}
-    missing = {id(p) for p in members} - targets.keys()
-    for session in sessions:
-        model, galore = session.model(), session.galore
-        if model is None or galore is None or missing.isdisjoint(map(id, model.parameters())):
-            continue
-        sites = _selection(model, session).projected
-        for index, site in enumerate(sites):
-            offset = galore.update_every * index // len(sites) if galore.stagger else 0
-            if id(site.candidate.parameter) in missing:
-                target = Target(site, session, galore, offset)
-                targets[id(site.candidate.parameter)] = target
-                session.unserved_steps = PATIENCE + 1  # served: never complain
-    return {id(p): targets[id(p)] for p in members if id(p) in targets}
-
-
-def _selection(model: nn.Module, session: Session) -> Selection:
-    """What is projected, asked again only where the model has other parameters than before."""
-    assert session.galore is not None
-    key = (id(session), *map(id, model.parameters()))
-    known = _selections.get(model)
-    if known is None or known[0] != key:
-        known = _selections[model] = (key, sites_of(model, session.galore, frozen=True))
-    return known[1]
-
-
-def _is_adam(optimizer: Optimizer) -> bool:
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(Adam.step)
-
-
-def _check_optimizer(optimizer: Optimizer, name: str) -> None:
-    if not _is_adam(optimizer):
-        raise UnsupportedError(
-            f"GaLore is to update {name}, but its optimizer is a {type(optimizer).__name__}; "
-            "use torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
-            "model without galore_rank"
-        )
-    for group in optimizer.param_groups:
-        if group["differentiable"]:
-            raise UnsupportedError(
-                f"GaLore is to update {name}, but its optimizer is differentiable=True: the "
-                "rewritten update is not differentiated; leave it out"
-            )
-
-
-def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
-    for group, parameter in members(optimizer):
-        target = attachment.targets.get(id(parameter))
-        state = optimizer.state.get(parameter)
-        if target is not None:
-            check_target(target)
-            kind = target.kind(group)
-            if state and state.get("exp_avg") is not target.checked:
-                check_state(target, kind, state)
-        elif isinstance(state, dict) and isinstance(state.get("projector"), Tensor):
-            raise ValueError(
-                f"the optimizer holds projected state for a parameter of shape "
-                f"{tuple(parameter.shape)} (rank {state['projector'].shape[-1]}) that is not "
-                "projected now: compile the model with the galore options of the run that "
-                "saved it, or start with a new optimizer"
-            )
-        grad = parameter.grad
-        if attachment.targets and grad is not None and grad.is_sparse:
-            raise UnsupportedError(
-                f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, which "
-                "neither Adam nor GaLore takes: make its layer sparse=False"
-            )
-
-
 # --- around a step --------------------------------------------------------------------------
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
-    attachment = _attached(optimizer)
+    attachment = membership.attached(optimizer)
     attachment.factored, attachment.dense = {}, {}
+    if attachment.state_hook is None and any(session.velora for session in live_sessions()):
+        attachment.state_hook = optimizer.register_state_dict_pre_hook(_store_vectors)
     _complain_of_unserved()
-    if not _is_adam(optimizer):
+    if not membership.is_adam(optimizer):
         warn_of_dense(optimizer, attachment)
         warn_of_scale(optimizer, attachment)
         return
@@ -233,6 +114,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
     # Ahead of the user's own post-hooks: the step that they follow is complete.
     after: Any = optimizer._optimizer_step_post_hooks
     after.move_to_end(attachment.post_hook.id, last=False)
+
+
+def _store_vectors(optimizer: Optimizer) -> None:
+    """Ahead of `state_dict`: a resumed run needs v, and may have nothing but this dictionary."""
+    for session in live_sessions():
+        session.store_vectors(optimizer)
 
 
 def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Callable[..., Any]:
@@ -255,7 +142,7 @@ def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Call
 
 @torch.no_grad()
 def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-    attachment = _attachments[optimizer]
+    attachment = membership.attachment_of(optimizer)
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # GradScaler's
     if found_inf is not None and bool(found_inf.item()):
         return
@@ -320,7 +207,7 @@ def _update_one(
     numbers = numbers_of(update, state["step"], group, shared)
     update.apply([*tensors, state["projector"]], numbers)
     if target.pushed:
-        announce(target, kind, state, r)
+        announce(target, kind, state)
     return failure
 
 
@@ -336,14 +223,14 @@ def _complain_of_unserved() -> None:
     """A model that trains, by somebody else's parameters: a copy's, or a sharded wrapper's."""
     for session in live_sessions():
         model = session.model()
-        if session.galore is None or session.unserved_steps > PATIENCE or model is None:
+        if session.galore is None or session.unserved_steps > membership.PATIENCE or model is None:
             continue
         if not session.called or all(p.grad is None for p in model.parameters()):
             continue  # it is not being trained
         session.unserved_steps += 1
-        if session.unserved_steps == PATIENCE:
+        if session.unserved_steps == membership.PATIENCE:
             warn(
-                f"{PATIENCE} optimizer steps after galore_rank was asked for a model, no "
-                "optimizer has stepped its parameters, so no state is projected: build the "
+                f"{membership.PATIENCE} optimizer steps after galore_rank was asked for a model, "
+                "no optimizer has stepped its parameters, so no state is projected: build the "
                 "optimizer over the parameters of the compiled model itself"
             )

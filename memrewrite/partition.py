@@ -93,8 +93,7 @@ def rewrite(gm: GraphModule, plan: Plan, todo: list[Pass], state: Compile) -> No
     except Exception as error:
         log.exception("the rewrite was undone")
         state.record.failure = f"{type(error).__name__}: {error}"
-        state.record.inputs = _inputs(state.groups, set())
-        state.record.factored = []
+        state.record.inputs, state.record.factored = _inputs(state.groups, set()), []
         warnings.warn(
             f"memrewrite could not rewrite a graph and keeps its exact gradients: {error}",
             MemrewriteWarning,

@@ -11,7 +11,7 @@ from memrewrite import projector, sketch
 from memrewrite.attachment import Attachment
 from memrewrite.basis import Projector, Sketch, equal
 from memrewrite.projected import ProjectedGrad
-from memrewrite.target import Target, prepare, take
+from memrewrite.target import Target, is_stale, mark_stale, prepare, take
 from memrewrite.update import Kind
 
 
@@ -43,11 +43,13 @@ def receive(
     if not isinstance(basis, Sketch):
         if fresh:
             state["projector"] = basis.p
+            mark_stale(state, False)
         return (small if equal(basis.p, state["projector"]) else None), None
     failure = None
-    if fresh or target.is_due(done):
+    if fresh or target.is_due(done) or is_stale(state):
         old = None if fresh else state["projector"]
         new = sketch.refresh(small, basis, old, kind.rank, kind.shape)
+        mark_stale(state, isinstance(new, str))
         if isinstance(new, projector.Refreshed):
             take(target, kind, state, new, group, done)
         elif new != projector.ZERO:
@@ -57,23 +59,18 @@ def receive(
         attachment.warn_once(
             "sketch",
             "an optimizer with projected state meets gradients that were sketched for a new "
-            "projector: it was loaded, but not memrewrite.load_state_dict(model, state). One "
-            "step goes by an approximation of its gradients",
+            "projector: it was loaded after the forward of this step. This one step goes by an "
+            "approximation of the gradients; load the optimizer before the first forward",
         )
     return sketch.coordinates(small, basis, state["projector"], kind.left), failure
 
 
-def announce(target: Target, kind: Kind, state: dict[str, Any], r: Tensor | None) -> None:
+def announce(target: Target, kind: Kind, state: dict[str, Any]) -> None:
     """Tell the session in which basis the next gradient is to come."""
     bases, name = target.session.bases, target.name
-    p: Tensor = state["projector"]
-    if not p.is_contiguous():  # a compiled backward is specialised to strides
-        p = state["projector"] = p.contiguous()
-    done = int(state["step"])
-    if target.is_due(done):
-        like = target.parameter.detach()
-        bases[name] = sketch.start(name, like, kind.rank, kind.left, r, done)
-        return
-    known = bases.get(name)
-    if known is None or known.p is not p:
-        bases[name] = Projector(p, kind.left)
+    if not state["projector"].is_contiguous():  # a compiled backward is specialised to strides
+        state["projector"] = state["projector"].contiguous()
+    known, like = bases.get(name), target.parameter.detach()
+    due = target.is_due(int(state["step"])) or is_stale(state)
+    if due or known is None or known.p is not state["projector"]:
+        bases[name] = sketch.following(name, like, kind.rank, kind.left, state, due)

@@ -111,21 +111,12 @@ def _read(state: State, keys: Iterable[str], size: int, dtype: torch.dtype) -> T
 # --- writing -------------------------------------------------------------------------------
 
 
-def store(
-    optimizer: Optimizer, parameter: nn.Parameter, vector: Tensor | None, total: Tensor | None
-) -> None:
-    """Put a v, or the sum behind it, in the state of a weight that has a state of full size.
-
-    None stands for one that is not calibrated yet: zeros keep the keys of a checkpoint the
-    same from the first step on.
-    """
+def store(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """Put a v, or the sum behind one, in the state of a weight that has a state of full size."""
     if isinstance(optimizer, SGD):  # without momentum it keeps nothing, and does not mind
         optimizer.state[parameter]
     state = optimizer.state.get(parameter)
     if not isinstance(state, dict) or VECTOR in state:
         return
-    if not state and not isinstance(optimizer, SGD):
-        return  # most optimizers take an empty state for one to be made
-    for key, value in ((CALIBRATED, vector), (SUM, total)):
-        if value is not None:
-            state[key] = pack(value.detach(), parameter.dtype)
+    if state or isinstance(optimizer, SGD):  # others take an empty state for one to be made
+        state[key] = pack(value.detach(), parameter.dtype)

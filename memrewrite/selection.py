@@ -69,9 +69,14 @@ def _weight(position: int, candidate: Candidate, velora: VeLoRA | None) -> Weigh
     assert velora is not None
     parameter = candidate.parameter
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    size, port = velora.subtoken_size, None
+    left, port = candidate.kind == "conv1d", small_gradient(candidate, velora)
+    return Weight(position, velora.subtoken_size, dtype, parameter.device, port, left)
+
+
+def small_gradient(candidate: Candidate, velora: VeLoRA) -> tuple[int, int] | None:
+    """The shape in which the gradient of a selected weight is asked for; None: in full."""
+    parameter = candidate.parameter
     wrapper = hasattr(parameter, "__tensor_flatten__")  # a DTensor, a quantised weight
-    left = candidate.kind == "conv1d"
-    if not velora.full_gradients and candidate.kind in ("linear", "conv1d") and not wrapper:
-        port = small_shape(parameter.shape, size, left)
-    return Weight(position, size, dtype, parameter.device, port, left)
+    if velora.full_gradients or candidate.kind not in ("linear", "conv1d") or wrapper:
+        return None
+    return small_shape(parameter.shape, velora.subtoken_size, candidate.kind == "conv1d")

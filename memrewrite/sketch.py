@@ -7,11 +7,11 @@ side, the sketch
     left     P (O, r)     B (D, k)     S = dW B     (O, k)
     right    P (D, r)     B (O, k)     S = dW^T B   (D, k)
 
-and the r leading left singular vectors of S are the new P. B's first columns span the last R:
-S is then one more round of a power iteration that runs through the steps, as in PowerSGD. The
-other columns are random, orthogonal to those; they find what is new, and their energy tells
-what B misses. The update of that step reads P^T S B^T in place of P^T dW: what is outside B is
-left out of this one step.
+and the r leading left singular vectors of S are the new P. B's first columns span the
+mean of the latest R that Adam keeps: S is then one more round of a power iteration that runs
+through the steps, as in PowerSGD. The other columns are random, orthogonal to those; they find
+what is new, and their energy tells what B misses. The update of that step reads P^T S B^T in
+place of P^T dW: what is outside B is left out of this one step.
 
 The first steps have no R to start from: there are refreshes at steps 0, 2 and 4 as well.
 Sources: Halko, Martinsson & Tropp 2011, algorithm 4.4; Vogels et al. 2019, arXiv:1905.13727
@@ -21,7 +21,7 @@ Sources: Halko, Martinsson & Tropp 2011, algorithm 4.4; Vogels et al. 2019, arXi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ def start(
 ) -> Sketch:
     """The basis of the next sketch of a weight (O, D), behind `done` steps.
 
-    columns: the latest R, (r, D) or (O, r); without it all of the basis is random, the same
-    for the same name and step, on every rank.
+    columns: the mean of the latest R that Adam keeps, (r, D) or (O, r); without it all of the
+    basis is random, the same for the same name and step, on every rank.
     """
     other = like.shape[1] if left else like.shape[0]
     columns_of_b = width(rank, other)
@@ -70,6 +70,19 @@ def start(
     parts = [drawn] if warm is None else [warm / warm.norm(), drawn]
     basis: Tensor = torch.linalg.qr(torch.cat(parts, 1)).Q  # (other, k)
     return Sketch(basis.to(like.dtype).contiguous(), not left, known)
+
+
+def following(
+    name: str, like: Tensor, rank: int, left: bool, state: Mapping[str, Tensor], due: bool
+) -> Projector:
+    """The basis that the next gradient of a weight (O, D) comes in, by its optimizer's state.
+
+    due: a refresh comes next. A function of the state alone, so that a run goes on bit by bit
+    from a checkpoint of it.
+    """
+    if not due:
+        return Projector(state["projector"], left)
+    return start(name, like, rank, left, state["exp_avg"], int(state["step"]))
 
 
 def refresh(

@@ -39,6 +39,7 @@ def takes(
     if parameter.grad is None or id(parameter) in attachment.targets:
         return parameter.grad is not None
     if id(parameter) in attachment.ported:
+        _make_small(parameter, optimizer, attachment.expected.get(id(parameter)))
         if _takes_small(parameter, group, optimizer.state[parameter], attachment):
             return True
     session = attachment.scaled.get(id(parameter))
@@ -46,6 +47,14 @@ def takes(
         return False
     attachment.dense[id(parameter)] = session
     return True
+
+
+def _make_small(parameter: nn.Parameter, optimizer: Optimizer, basis: Vector | None) -> None:
+    """Read zeros as a small gradient ahead of the first forward: the state will be of its form."""
+    if basis is None or optimizer.state.get(parameter) or bool(parameter.grad.any()):  # type: ignore[union-attr]
+        return
+    a = parameter.detach().new_zeros(basis.small(parameter.shape))
+    parameter.grad = ProjectedGrad(a, basis, parameter.shape)
 
 
 def _takes_small(

@@ -15,7 +15,7 @@ from memrewrite.projection import Site
 from memrewrite.state import Session
 from memrewrite.update import Kind
 
-STALE = "projector_stale"  # in the state of a weight whose refresh failed: try again
+STALE = "projector_stale"  # in the state of a weight, 1 where its refresh failed: try again
 
 
 @dataclass
@@ -107,6 +107,17 @@ def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
         )
 
 
+def is_stale(state: dict[str, Any]) -> bool:
+    """Whether the projector waits for a gradient that it can be made from."""
+    return STALE in state and bool(state[STALE])
+
+
+def mark_stale(state: dict[str, Any], stale: bool) -> None:
+    """Say so in the state: a resumed run tries again as this one would."""
+    if STALE not in state or bool(state[STALE]) is not stale:
+        state[STALE] = torch.tensor(float(stale))
+
+
 def prepare(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> int:
     """The state of a parameter, made where there is none: the number of its steps so far."""
     if not state:
@@ -114,6 +125,8 @@ def prepare(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -
         return 0
     if state["step"].device.type != "cpu" and not capturable:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
+    if STALE in state and state[STALE].device.type != "cpu":
+        state[STALE] = state[STALE].cpu()  # reading it in each step must wait for no device
     return int(state["step"])
 
 
@@ -127,16 +140,15 @@ def refresh_if_due(
     galore, fresh = target.galore, not state
     done = prepare(state, kind, grad, group["capturable"])
     old = None if fresh else state["projector"]
-    if not (fresh or target.is_due(done) or STALE in state):
+    if not (fresh or target.is_due(done) or is_stale(state)):
         return None
     new = projector.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
+    mark_stale(state, isinstance(new, str))
     if isinstance(new, str):
-        state[STALE] = torch.ones(())
         if new == projector.ZERO:  # LoRA's A at its first step, an expert without a token
             return None
         target.failures += 1
         return f"at step {done + 1}: {new}"
-    state.pop(STALE, None)
     take(target, kind, state, new, group, done)
     return None
 
@@ -167,3 +179,4 @@ def _initialise(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: boo
         state[name] = torch.zeros(kind.state_shape, dtype=kind.dtype, device=kind.device)
     shape = kind.side, kind.rank
     state["projector"] = torch.eye(*shape, dtype=kind.dtype, device=kind.device)
+    mark_stale(state, True)  # until it is made from a gradient

@@ -173,15 +173,19 @@ def test_resumed_bit_by_bit(stop: int) -> None:
         assert torch.equal(p, q)
 
 
-def test_resumed_without_our_state_it_warns_and_goes_on() -> None:
+def test_a_state_loaded_after_the_forward_warns_and_goes_on() -> None:
     first, second = net(), net()
     ours, theirs = (AdamW(m.parameters(), lr=1e-2) for m in (first, second))
     fit(first, ours, range(EARLY))
     second.load_state_dict(first.state_dict())
+    backward(second, EARLY)  # in a basis of its own
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
-    with pytest.warns(MemrewriteWarning, match=r"memrewrite.load_state_dict") as caught:
-        fit(second, theirs, range(EARLY, EARLY + 2))
+    with pytest.warns(MemrewriteWarning, match=r"before the first forward") as caught:
+        theirs.step()
+        theirs.zero_grad()
+        fit(second, theirs, range(EARLY + 1, EARLY + 2))
     assert len(caught) == 1
+    fit(first, ours, range(EARLY, EARLY + 2))
     for p, q in zip(matrices(first), matrices(second), strict=True):
         assert torch.equal(ours.state[p]["projector"], theirs.state[q]["projector"])
 
