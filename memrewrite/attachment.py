@@ -33,7 +33,7 @@ class Attachment:
     dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
-    state_hook: Any = None
+    state_hooks: list[Any] = field(default_factory=list)
     told: set[str] = field(default_factory=set)  # kinds of warning that were given
     compared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
 

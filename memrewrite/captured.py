@@ -21,7 +21,7 @@ from memrewrite.logs import tell
 from memrewrite.plan import ProjectedWeight, Weight, make_plan
 from memrewrite.ports import Port, extra_inputs, trained_outputs
 from memrewrite.record import GraphRecord
-from memrewrite.resume import states_of
+from memrewrite.resume import recall_bases, recall_vector, states_of
 from memrewrite.selection import Choice, choose
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Graph:
         if known is None or not all(p() is args[i] for i, p in known.parameters):
             self.bindings = {k: b for k, b in self.bindings.items() if k[0] is not known}
             known = self.choices[key] = choose(self.session, self.positions, args)
-            self.session.recall_bases([site for _, site in known.sites])
+            recall_bases(self.session, [site for _, site in known.sites])
             if not self.training:
                 known.selected, known.sites = [], []
             if not trained_outputs(self.gm):
@@ -216,8 +216,9 @@ class Graph:
         states = states_of(p for p in readers.values() if p is not None) if leaders else {}
         rest = []
         for weight in leaders:
-            held = [s for i in groups[weight.position] for s in states.get(id(readers[i]), ())]
-            if not self.session.recall(binding.readers[weight.position], weight, held):
+            names, positions = binding.readers[weight.position], groups[weight.position]
+            held = [states[id(readers[i])] for i in positions if id(readers[i]) in states]
+            if not recall_vector(self.session, names, weight, held):
                 rest.append(weight)
         return rest
 

@@ -26,8 +26,8 @@ from memrewrite import pipeline
 from memrewrite.backend import Engine, compile_update
 from memrewrite.basis import Vector, spread
 from memrewrite.listing import listing
+from memrewrite.packing import VECTOR, pack, unpack
 from memrewrite.projected import ProjectedGrad
-from memrewrite.resume import VECTOR, pack, unpack
 from memrewrite.update import Update, add_input, capture
 from passes.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.base import Pass

@@ -48,11 +48,12 @@ def attached(optimizer: Optimizer) -> Attachment:
     if key != attachment.key:
         ported = {id(p): session for session in sessions for p in session.ported()}
         attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
+        _expect_small(sessions, found, attachment)
         ours = [session for session in sessions if session.galore is not None]
-        left = [p for p in found if id(p) not in ported]  # a small gradient needs no GaLore
+        # A small gradient needs no GaLore.
+        left = [p for p in found if id(p) not in attachment.ported]
         attachment.targets = _targets(ours, left, attachment.targets)
         attachment.scaled = _scaled(sessions, found)
-        _expect_small(sessions, found, attachment)
         attachment.key = key
         for session in sessions:
             warn_of_sums(session)

@@ -30,6 +30,7 @@ from memrewrite.errors import warn
 from memrewrite.factored import FactoredKind
 from memrewrite.projected import ProjectedGrad
 from memrewrite.pushed import announce, given, is_small, receive
+from memrewrite.resume import go_on_from, store_vectors
 from memrewrite.small_gradients import (
     spread_orphans,
     step_densely,
@@ -95,8 +96,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
     attachment = membership.attached(optimizer)
     attachment.factored, attachment.dense = {}, {}
-    if attachment.state_hook is None and any(session.velora for session in live_sessions()):
-        attachment.state_hook = optimizer.register_state_dict_pre_hook(_store_vectors)
+    if not attachment.state_hooks and live_sessions():
+        attachment.state_hooks = [
+            optimizer.register_state_dict_pre_hook(_store_vectors),
+            optimizer.register_load_state_dict_post_hook(_go_on),
+        ]
     _complain_of_unserved()
     if not membership.is_adam(optimizer):
         warn_of_dense(optimizer, attachment)
@@ -119,7 +123,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
 def _store_vectors(optimizer: Optimizer) -> None:
     """Ahead of `state_dict`: a resumed run needs v, and may have nothing but this dictionary."""
     for session in live_sessions():
-        session.store_vectors(optimizer)
+        store_vectors(session, optimizer)
+
+
+def _go_on(optimizer: Optimizer) -> None:
+    """Behind `load_state_dict` in mid run: back to the best checkpoint, for one."""
+    for session in live_sessions():
+        go_on_from(session, optimizer)
 
 
 def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Callable[..., Any]:

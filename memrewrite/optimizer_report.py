@@ -10,8 +10,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from memrewrite.optimizer import attachments
+from memrewrite.packing import VECTOR
 from memrewrite.projection import Selection, Site, projected_numbers, sites_of
-from memrewrite.resume import VECTOR
 from memrewrite.state import Session
 from memrewrite.target import Target
 

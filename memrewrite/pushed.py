@@ -70,7 +70,10 @@ def announce(target: Target, kind: Kind, state: dict[str, Any]) -> None:
     bases, name = target.session.bases, target.name
     if not state["projector"].is_contiguous():  # a compiled backward is specialised to strides
         state["projector"] = state["projector"].contiguous()
+    if is_stale(state):  # the next gradient is sketched anew
+        bases.pop(name, None)
+        return
     known, like = bases.get(name), target.parameter.detach()
-    due = target.is_due(int(state["step"])) or is_stale(state)
+    due = target.is_due(int(state["step"]))
     if due or known is None or known.p is not state["projector"]:
         bases[name] = sketch.following(name, like, kind.rank, kind.left, state, due)

@@ -8,70 +8,38 @@ needs besides is therefore in the optimizer's state of each weight, as plain ten
     calibrated_sum      the sum (M,) behind the running mean of one
     projector, step     of a projected one: the basis of the next gradient follows from them
 
-and is read back the first time that a graph needs a v or a basis and the session has none.
-`Optimizer.load_state_dict` casts every tensor to the dtype of its weight, so a v that the
-weight's dtype cannot hold is stored in several rows that can: see `pack`.
+It is read back the first time that a graph needs a v or a basis and the session has none, and
+whenever an optimizer that has stepped is given another state.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-VECTOR = "vector"
-CALIBRATED = "calibrated_vector"
-SUM = "calibrated_sum"
-BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
+from memrewrite import sketch
+from memrewrite.packing import CALIBRATED, SUM, VECTOR, pack, unpack
+from memrewrite.plan import Weight
+from memrewrite.projection import Site, sites_of
+from memrewrite.sites import Candidate, candidates, why_not
 
-State = dict[str, Any]
+if TYPE_CHECKING:
+    from memrewrite.state import Session
 
-
-def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (M,) as numbers of `dtype` that say the same: x itself, or (1 + n, M).
-
-    Row 0 is a binary exponent e; the others are pieces, each of as many bits as `dtype` has:
-    x = 2^e (piece_1 + 2^-b piece_2 + 2^-2b piece_3 ...).
-    """
-    bits, step = BITS[x.dtype], BITS[dtype]
-    if bits <= step:
-        return x
-    exponent = math.frexp(float(x.abs().max()))[1] - 15  # float16 has more room above than below
-    rows, rest = [torch.full_like(x, exponent)], x * 2.0**-exponent
-    for _ in range(-(-bits // step)):
-        rows.append(rest.to(dtype).to(x.dtype))
-        rest = (rest - rows[-1]) * 2.0**step
-    return torch.stack(rows).to(dtype)
-
-
-def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The x (M,), of `dtype`, that `pack` was given."""
-    if packed.ndim == 1:
-        return packed.to(dtype)
-    exponent, pieces, step = int(packed[0, 0]), packed[1:].to(dtype), BITS[packed.dtype]
-    total = torch.zeros_like(pieces[0])
-    for place in reversed(range(len(pieces))):  # smallest first: every partial sum is exact
-        total = total + pieces[place] * 2.0 ** (-step * place)
-    return total * 2.0**exponent
-
-
-def packed_bytes(size: int, dtype: torch.dtype) -> int:
-    """Of the v (M,) that the state of a weight of `dtype` holds."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = 1 if BITS[wide] <= BITS[dtype] else 1 - (-BITS[wide] // BITS[dtype])
-    return rows * size * dtype.itemsize if rows > 1 else size * wide.itemsize
+State = Mapping[str, Any]
 
 
 # --- reading -------------------------------------------------------------------------------
 
 
-def states_of(parameters: Iterable[Tensor]) -> dict[int, list[State]]:
-    """By id of a parameter, what the optimizers of this process hold of it.
+def states_of(parameters: Iterable[Tensor]) -> dict[int, State]:
+    """By id of a parameter, what an optimizer of this process holds of it.
 
     An optimizer knows its parameters, and nobody knows all optimizers but the garbage
     collector. It is asked when a run starts, never in a step.
@@ -79,40 +47,114 @@ def states_of(parameters: Iterable[Tensor]) -> dict[int, list[State]]:
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     states = [getattr(optimizer, "state", None) for optimizer in optimizers]
     tables = [table for table in states if isinstance(table, dict)]
-    found: dict[int, list[State]] = {}
+    found: dict[int, State] = {}
     for parameter in parameters:
         held = (table[parameter] for table in tables if parameter in table)
         mine = [state for state in held if isinstance(state, dict) and state]
         if mine:
-            found[id(parameter)] = mine
+            found[id(parameter)] = mine[0]
     return found
 
 
-def vector_in(state: State, size: int, dtype: torch.dtype) -> Tensor | None:
-    """The v that an optimizer's state of a weight holds, if it holds one that is in use."""
-    return _read(state, (VECTOR, CALIBRATED), size, dtype)
+def recall_vector(
+    session: Session, names: Sequence[str], weight: Weight, states: Iterable[State]
+) -> bool:
+    """Take the v of an input from the states of the weights (of these names) that read it."""
+    assert session.velora is not None
+    running = session.velora.init == "running_mean"
+    for state in states:
+        if running and (total := _read(state, (SUM,), weight.size, torch.float64)) is not None:
+            session.set_sum(names, weight, total)
+            return True
+        v = None if running else _read(state, (VECTOR, CALIBRATED), weight.size, weight.dtype)
+        if v is not None:
+            session.vectors |= dict.fromkeys(names, v)
+            return True
+    return False
 
 
-def sum_in(state: State, size: int) -> Tensor | None:
-    """The sum behind a running mean."""
-    return _read(state, (SUM,), size, torch.float64)
+def _read(state: State, keys: Sequence[str], size: int, dtype: torch.dtype) -> Tensor | None:
+    """The (M,) under the first of some keys that is there, and is calibrated."""
+    packed = next((state[key] for key in keys if key in state), None)
+    if not isinstance(packed, Tensor) or not packed.ndim or packed.shape[-1] != size:
+        return None
+    found = unpack(packed.detach(), dtype)
+    return found if 0.0 < float(found.norm()) < math.inf else None
 
 
-def _read(state: State, keys: Iterable[str], size: int, dtype: torch.dtype) -> Tensor | None:
-    for key in keys:
-        packed = state.get(key)
-        if isinstance(packed, Tensor) and packed.ndim and packed.shape[-1] == size:
-            found = unpack(packed.detach(), dtype)
-            if bool(found.any()) and math.isfinite(float(found.norm())):
-                return found
-    return None
+def recall_bases(session: Session, sites: Sequence[Site]) -> None:
+    """Go on with the projectors that optimizers hold of weights that have no basis yet."""
+    missing = [site for site in sites if site.candidate.name not in session.bases]
+    if missing and not session.settled:
+        states = states_of(site.candidate.parameter for site in missing)
+        for site in missing:
+            _recall_basis(session, site, states.get(id(site.candidate.parameter), {}))
+
+
+def _recall_basis(session: Session, site: Site, state: State) -> None:
+    assert session.galore is not None
+    p = state.get("projector")
+    if not isinstance(p, Tensor) or p.shape[-1] != site.rank or state.get("projector_stale"):
+        return
+    weight, name = site.candidate.parameter.detach(), site.candidate.name
+    due = sketch.is_due(int(state["step"]), session.galore.update_every)
+    session.bases[name] = sketch.following(name, weight, site.rank, site.left, state, due)
+
+
+def go_on_from(session: Session, optimizer: Optimizer) -> None:
+    """Take every v and every basis from the state that an optimizer has been given."""
+    model = session.model()
+    if model is None:
+        return
+    for candidate in _compressed(session, model, optimizer):
+        like, state = candidate.parameter, optimizer.state.get(candidate.parameter)
+        if session.velora is not None and isinstance(state, dict):
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            weight = Weight(0, session.velora.subtoken_size, wide, like.device)
+            recall_vector(session, [candidate.name], weight, [state])
+    if session.galore is not None and session.galore.gradients == "coordinates":
+        for site in sites_of(model, session.galore, frozen=True).projected:
+            state = optimizer.state.get(site.candidate.parameter)
+            if isinstance(state, dict) and site.candidate.name in session.bases:
+                del session.bases[site.candidate.name]
+                _recall_basis(session, site, state)
 
 
 # --- writing -------------------------------------------------------------------------------
 
 
-def store(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Put a v, or the sum behind one, in the state of a weight that has a state of full size."""
+def store_vectors(session: Session, optimizer: Optimizer) -> None:
+    """Leave v, or the sum behind it, in the full-size states of compressed weights.
+
+    Zeros stand for what is not calibrated yet: a checkpoint's keys are the same at all steps,
+    as torch.distributed.checkpoint needs it.
+    """
+    model, velora = session.model(), session.velora
+    if model is None or velora is None:
+        return
+    running = velora.init == "running_mean"
+    key, known = (SUM, session.sums) if running else (CALIBRATED, session.vectors)
+    for candidate in _compressed(session, model, optimizer):
+        value = known.get(candidate.name)
+        if value is None:
+            like = candidate.parameter
+            dtype = torch.float64 if running or like.dtype == torch.float64 else torch.float32
+            value = torch.zeros(velora.subtoken_size, device=like.device, dtype=dtype)
+        _store(optimizer, candidate.parameter, key, value)
+
+
+def _compressed(session: Session, model: nn.Module, optimizer: Optimizer) -> list[Candidate]:
+    """An optimizer's weights that VeLoRA is asked to compress."""
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = candidates(model) if session.velora is not None else []
+    if not any(id(c.parameter) in ours for c in found):
+        return []
+    chosen = session.selected(found)
+    mine = [c for c in found if id(c.parameter) in ours and c.name in chosen]
+    return [c for c in mine if why_not(c, session.velora) is None]
+
+
+def _store(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> None:
     if isinstance(optimizer, SGD):  # without momentum it keeps nothing, and does not mind
         optimizer.state[parameter]
     state = optimizer.state.get(parameter)

@@ -27,8 +27,8 @@ from memrewrite.factored import (
     spread_state,
     turn,
 )
+from memrewrite.packing import VECTOR, unpack
 from memrewrite.projected import ProjectedGrad
-from memrewrite.resume import VECTOR, unpack
 from memrewrite.state import Session
 
 
@@ -154,7 +154,9 @@ def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
     """Factored state of weights that have no small gradient now: another run's options."""
     for group, parameter in members(optimizer):
         state = optimizer.state.get(parameter)
-        if isinstance(state, dict) and VECTOR in state and id(parameter) not in attachment.ported:
+        if parameter.grad is None or id(parameter) in attachment.ported:
+            continue  # it takes no step, or one of ours
+        if isinstance(state, dict) and VECTOR in state:
             reason = "no compiled graph returns a small gradient for it now"
             _give_up(parameter, group, state, reason, attachment)
 

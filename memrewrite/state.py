@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.optim import Optimizer
 
 from memrewrite import sketch
 from memrewrite.backend import Engine
@@ -30,8 +29,7 @@ from memrewrite.captured import Graph
 from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor, ProjectedWeight, Weight
 from memrewrite.projection import Site
-from memrewrite.resume import CALIBRATED, SUM, State, states_of, store, sum_in, vector_in
-from memrewrite.sites import Candidate, candidates, select, why_not
+from memrewrite.sites import Candidate, candidates, select
 
 PREFIX = "velora.v."
 
@@ -144,27 +142,6 @@ class Session:
             return Projector(weight.new_empty(side, site.rank), site.left)
         return sketch.start(name, weight, site.rank, site.left)
 
-    def store_vectors(self, optimizer: Optimizer) -> None:
-        """Leave v, or the sums behind it, in the full-size states of compressed weights.
-
-        Zeros stand for what is not calibrated yet: a checkpoint's keys are the same at all
-        steps, as torch.distributed.checkpoint needs it.
-        """
-        model, velora = self.model(), self.velora
-        if model is None or velora is None:
-            return
-        key, known = (
-            (SUM, self.sums) if velora.init == "running_mean" else (CALIBRATED, self.vectors)
-        )
-        found = candidates(model)
-        chosen = self.selected(found)
-        for candidate in found:
-            if candidate.name in chosen and why_not(candidate, velora) is None:
-                value = known.get(candidate.name)
-                if value is None:
-                    value = torch.zeros(velora.subtoken_size, device=candidate.parameter.device)
-                store(optimizer, candidate.parameter, key, value)
-
     def state_dict(self) -> dict[str, Tensor]:
         """Every v, and the sums behind a running mean, as plain tensors."""
         state = {PREFIX + name: v.detach().clone() for name, v in self.vectors.items()}
@@ -226,42 +203,14 @@ class Session:
             self.unseen.add(name)
         return normalised(total, weight)
 
-    def recall(self, names: Sequence[str], weight: Weight, states: Sequence[State]) -> bool:
-        """Take v from optimizers' states of the weights that read its input, where one has it."""
-        if self.velora is not None and self.velora.init == "running_mean":
-            total = next((t for s in states if (t := sum_in(s, weight.size)) is not None), None)
-            if total is not None:
-                self.sums |= dict.fromkeys(names, total)
-                self.vectors |= dict.fromkeys(names, normalised(total, weight))
-            return total is not None
-        for state in states:
-            v = vector_in(state, weight.size, weight.dtype)
-            if v is not None:
-                self.vectors |= dict.fromkeys(names, v)
-                return True
-        return False
-
-    def recall_bases(self, sites: Sequence[Site]) -> None:
-        """Go on with the projectors that optimizers hold of weights that have no basis yet."""
-        missing = [site for site in sites if site.candidate.name not in self.bases]
-        if not missing or self.galore is None or self.settled:
-            return
-        states = states_of(site.candidate.parameter for site in missing)
-        for site in missing:
-            weight, name = site.candidate.parameter, site.candidate.name
-            for state in states.get(id(weight), ())[:1]:
-                p = state.get("projector")
-                if p is None or p.shape[1] != site.rank or bool(state.get("projector_stale", 0)):
-                    continue
-                due = sketch.is_due(int(state["step"]), self.galore.update_every)
-                like, how = weight.detach(), (site.rank, site.left)
-                self.bases[name] = sketch.following(name, like, *how, state, due)
-
     def update_mean(self, names: Sequence[str], weight: Weight, total: Tensor) -> None:
         """Add one batch to a running mean; the old v stays with the forwards that read it."""
         known = next((self.sums[name] for name in names if name in self.sums), None)
         total = total.to(torch.float64)
-        total = total if known is None else known.to(total.device) + total
+        self.set_sum(names, weight, total if known is None else known.to(total.device) + total)
+
+    def set_sum(self, names: Sequence[str], weight: Weight, total: Tensor) -> None:
+        """Make v the direction of a sum (M,) of sub-tokens."""
         self.sums |= dict.fromkeys(names, total)
         self.vectors |= dict.fromkeys(names, normalised(total, weight))
 

@@ -14,6 +14,7 @@ from memrewrite.api import call_of, passes_for
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError
 from memrewrite.fake import fake_mode, without_memory
+from memrewrite.packing import packed_bytes
 from memrewrite.state import Session, known_session
 
 
@@ -53,7 +54,7 @@ def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[in
     return {
         names[id(p)]: (
             math.prod(shapes[id(p)]) * p.element_size(),
-            size * max(4, p.element_size()),
+            packed_bytes(size, p.dtype),
         )
         for p in session.ported()
     }

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
-from memrewrite.factored import VECTOR
+from memrewrite.packing import VECTOR
 from memrewrite.projected import ProjectedGrad
 
 M = 4
