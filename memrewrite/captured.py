@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,8 @@ class Binding:
     parameters: list[tuple[int, weakref.ref[Tensor]]]
     projected: dict[int, str]  # argument position -> name of its basis
     calibrated: bool = False
+    calls: int = 0  # before it was
+    unread: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """readers: of each selected weight, the names of all that read its input."""
@@ -68,8 +70,11 @@ class Binding:
 
     def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
         """What the compiled graph takes behind its own arguments: see `ports.extra_inputs`."""
-        selected = self.variant.selected
-        vectors = [session.vector(self.readers[w.position], w) for w in selected]
+        selected, read = self.variant.selected, self.variant.group_of
+        vectors = [
+            session.vector(self.readers[w.position], w) if w.position in read else self._unread(w)
+            for w in selected
+        ]
         make: Any = Port.apply
         ports = [
             make(args[w.position], Vector(v, w.left), self.names[w.position])
@@ -80,6 +85,14 @@ class Binding:
         bases = [session.bases[name] for _, name in placed]
         more = [make(args[i], b, name) for (i, name), b in zip(placed, bases, strict=True)]
         return [*vectors, *ports, *(basis.p for basis in bases), *more]
+
+    def _unread(self, weight: Weight) -> Tensor:
+        """In place of the v of a weight that this graph has no small gradient of."""
+        if weight.position not in self.unread:
+            self.unread[weight.position] = torch.ones(
+                weight.size, dtype=weight.dtype, device=weight.device
+            )
+        return self.unread[weight.position]
 
 
 class Graph:
@@ -117,10 +130,7 @@ class Graph:
             _running.reset(token)
         if variant.outputs is None:
             return results
-        leaders = {w.position for w in variant.leaders}
-        for weight, total in zip(variant.observed, results[variant.outputs :], strict=True):
-            if weight.position in leaders:
-                self.session.update_mean(binding.readers[weight.position], weight, total)
+        self._update_means(binding, results[variant.outputs :])
         return results[: variant.outputs]
 
     def _choice(self, args: Sequence[Any]) -> Choice:
@@ -196,39 +206,45 @@ class Graph:
         return Variant(self.gm, GraphRecord(failure=reason))
 
     def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
-        session, binding.calibrated = self.session, True
-        leaders = [(w, binding.readers[w.position]) for w in binding.variant.leaders]
-        missing = [w for w, names in leaders if session.vectors.keys().isdisjoint(names)]
-        missing = self._not_recalled(binding, missing)
-        if not missing or session.velora is None:
+        session, velora = self.session, self.session.velora
+        inputs = [(w, binding.readers[w.position]) for w in binding.variant.leaders]
+        missing = [(w, names) for w, names in inputs if session.vectors.keys().isdisjoint(names)]
+        if not binding.calls:
+            missing = self._not_recalled(binding, missing)
+        binding.calibrated = not missing or velora is None or velora.init in ("ones", "random")
+        if binding.calibrated:
             return
-        totals: dict[int, Tensor] = {}
-        if session.velora.init in ("batch_mean", "running_mean"):
-            totals = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w in missing})
-            _equalise([totals[w.position] for w in missing if w.position in totals])
-        for weight in missing:
-            session.vector(binding.readers[weight.position], weight, totals.get(weight.position))
+        binding.calls += 1
+        if session.means.is_due(binding.calls, [names[0] for _, names in missing]):
+            found = calibrate.subtoken_sums(self.gm, args, {w.position: w.size for w, _ in missing})
+            session.first_means(missing, found)
 
-    def _not_recalled(self, binding: Binding, leaders: list[Weight]) -> list[Weight]:
+    def _not_recalled(
+        self, binding: Binding, inputs: list[tuple[Weight, tuple[str, ...]]]
+    ) -> list[tuple[Weight, tuple[str, ...]]]:
         """Take v from what optimizers hold of the weights that read an input; the others."""
         groups, parameters = binding.variant.group_of, dict(binding.parameters)
-        readers = {i: parameters[i]() for w in leaders for i in groups[w.position]}
-        states = states_of(p for p in readers.values() if p is not None) if leaders else {}
+        readers = {i: parameters[i]() for w, _ in inputs for i in groups[w.position]}
+        states = states_of(p for p in readers.values() if p is not None) if inputs else {}
         rest = []
-        for weight in leaders:
-            names, positions = binding.readers[weight.position], groups[weight.position]
+        for weight, names in inputs:
+            positions = groups[weight.position]
             held = [states[id(readers[i])] for i in positions if id(readers[i]) in states]
             if not recall_vector(self.session, names, weight, held):
-                rest.append(weight)
+                rest.append((weight, names))
         return rest
 
-
-def _equalise(totals: list[Tensor]) -> None:
-    """Add up the sums of all ranks: ranks with different v would average unlike gradients."""
-    dist = torch.distributed
-    if totals and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for total in totals:
-            dist.all_reduce(total)
+    def _update_means(self, binding: Binding, totals: Sequence[Tensor]) -> None:
+        """Add what this call's linears read to the running means."""
+        variant = binding.variant
+        leaders = {w.position: w for w in variant.leaders}
+        means: dict[int, Tensor] = {}
+        for weight, total in zip(variant.observed, totals, strict=True):
+            i = weight.position
+            if i in leaders:
+                means[i] = means[i] + total if i in means else total
+        inputs = [(leaders[i], binding.readers[i], total) for i, total in means.items()]
+        self.session.update_means(inputs)
 
 
 def running() -> Binding | None:

@@ -114,7 +114,8 @@ def _rows(
     model: nn.Module, given: Sequence[Tensor], packed: Sequence[tuple[Tensor, Binding | None]]
 ) -> Iterator[SavedTensor]:
     session = session_of(model)
-    known: dict[int, Kind] = {_memory(t): "vector" for t in session.vectors.values()}
+    vectors = [*session.vectors.values(), *session.means.provisional.values()]
+    known: dict[int, Kind] = {_memory(t): "vector" for t in vectors}
     known |= {_memory(t): "input" for t in given}
     known |= {_memory(t): "buffer" for t in model.buffers()}
     known |= {_memory(t): "parameter" for t in model.parameters()}

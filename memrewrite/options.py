@@ -26,9 +26,9 @@ class VeLoRA:
         (name, module) -> bool.
     scale: factor on the compressed weight gradients (the reference's `velora_scale`).
     init: how v comes about. "batch_mean": the normalised mean of all sub-tokens of the
-        first training batch, then frozen (the paper's). "running_mean": the same mean
-        over all batches so far. "ones": 1/sqrt(M), no calibration. "random": a fixed
-        random direction.
+        first training batch that can be used, then frozen (the paper's). "running_mean":
+        the same mean over all batches so far, those with inf or NaN left out. "ones":
+        1/sqrt(M), no calibration. "random": a fixed random direction.
     lr_scale: factor on the steps of torch.optim.Adam and AdamW for the compressed weights,
         decoupled decay excluded. Under Adam |v| cancels and a step moves W along sign(v), which
         moves the layer's output up to sqrt(M) times further than an ordinary one: "sqrt"

@@ -193,8 +193,8 @@ def _one_reason(session: Session, fate: _Fate) -> str:
     if others:
         reason += f" (x shared with {', '.join(others)})"
     leader = names.get(entry.leader, "") if entry.leader is not None else ""
-    if leader in session.unseen:
-        reason += "; v is ones, because calibration could not see x"
+    if sentence := session.means.sentence(leader):
+        reason += f"; {sentence}"
     return reason
 
 

@@ -67,7 +67,7 @@ def recall_vector(
             session.set_sum(names, weight, total)
             return True
         v = None if running else _read(state, (VECTOR, CALIBRATED), weight.size, weight.dtype)
-        if v is not None:
+        if v is not None and not session.was_provisional(names[0], v, weight, state):
             session.vectors |= dict.fromkeys(names, v)
             return True
     return False

@@ -15,6 +15,7 @@ from memrewrite.attachment import Attachment, members, numbers_of, slowed, updat
 from memrewrite.basis import Vector
 from memrewrite.errors import warn
 from memrewrite.factored import (
+    MOMENTS,
     FactoredKind,
     agrees,
     build,
@@ -90,10 +91,25 @@ def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachmen
     if is_untouched(state):
         turn(state, parameter)
         return True
+    if any(v is late for late in attachment.ported[id(parameter)].means.late):
+        _start_anew(parameter, state, attachment)
+        return True
     if known is not None and known[0] is held:  # the user's own v: memrewrite.load_state_dict
         return False
     _follow(parameter, unpack(held, v.dtype).to(v.device), attachment)
     return True
+
+
+def _start_anew(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> None:
+    """Drop the moments of a provisional v: W will not move along its directions again."""
+    for tensor in (*(state[name] for name in MOMENTS if name in state), state["step"]):
+        tensor.zero_()
+    turn(state, parameter)
+    attachment.warn_once(
+        "restart",
+        f"the Adam moments of a compressed weight {tuple(parameter.shape)} start anew: its v "
+        "was ones until this batch, the first that could calibrate it",
+    )
 
 
 def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) -> None:
@@ -228,6 +244,9 @@ def update_factored(
     state = optimizer.state[parameter]
     if state["step"].device.type != "cpu" and not group["capturable"]:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
+    if session.means.provisional:
+        grad: Any = parameter.grad
+        session.means.stepped(grad.basis.v, grad.coordinates)
     update = update_of(kind, session, build)
     numbers = numbers_of(update, state["step"], group, shared, session.step_scale)
     update.apply(inputs(parameter, state, kind), numbers)

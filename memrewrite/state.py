@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,9 @@ from memrewrite.backend import Engine
 from memrewrite.bases import PREFIX as GALORE
 from memrewrite.bases import key_of, restored
 from memrewrite.basis import Projector
+from memrewrite.calibrate import Found
 from memrewrite.captured import Graph
+from memrewrite.means import Means, distributed, over_ranks
 from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor, ProjectedWeight, Weight
 from memrewrite.projection import Site
@@ -47,6 +49,7 @@ class Session:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)  # running means, not normalised
     unseen: set[str] = field(default_factory=set)  # v fell back to ones
+    means: Means = field(default_factory=Means)  # which batch a v is made of
     bases: dict[str, Projector] = field(default_factory=dict)  # of GaLore's next gradients
     graphs: list[Graph] = field(default_factory=list)
     settled: bool = False  # of an estimate: every weight has a projector
@@ -164,9 +167,11 @@ class Session:
                     break
             else:
                 raise ValueError(f"{key!r} is no entry of a memrewrite state")
+        sums = {name: total for name, total in sums.items() if bool(total.isfinite().all())}
         self.vectors, self.sums, self.bases, self.unseen = vectors, sums, bases, set()
+        self.means.forget()
         for binding in (b for graph in self.graphs for b in graph.bindings.values()):
-            binding.calibrated = False  # what the state lacks, the next batch tells
+            binding.calibrated, binding.calls = False, 0  # the next batch tells what it lacks
 
     def _check(self, key: str, tensor: Tensor, name: str, names: set[str]) -> None:
         if self.velora is None:
@@ -184,14 +189,17 @@ class Session:
 
         The first name that has one decides; from then on all have it.
         """
-        v = self.vectors.get(names[0])
+        held = self.vectors
+        if held.keys().isdisjoint(names) and names[0] in self.means.provisional:
+            held = self.means.provisional
+        v = held.get(names[0])
         if v is None:
             v = next((self.vectors[n] for n in names if n in self.vectors), None)
             v = self._initial(names[0], weight, total) if v is None else v
             self.vectors |= dict.fromkeys(names, v)
         if v.device != weight.device or v.dtype != weight.dtype:
             v = v.to(weight.device, weight.dtype)
-            self.vectors |= dict.fromkeys(names, v)
+            held |= dict.fromkeys(names if held is self.vectors else names[:1], v)
         return v
 
     def _initial(self, name: str, weight: Weight, total: Tensor | None) -> Tensor:
@@ -203,16 +211,58 @@ class Session:
             self.unseen.add(name)
         return normalised(total, weight)
 
-    def update_mean(self, names: Sequence[str], weight: Weight, total: Tensor) -> None:
-        """Add one batch to a running mean; the old v stays with the forwards that read it."""
-        known = next((self.sums[name] for name in names if name in self.sums), None)
-        total = total.to(torch.float64)
-        self.set_sum(names, weight, total if known is None else known.to(total.device) + total)
-
     def set_sum(self, names: Sequence[str], weight: Weight, total: Tensor) -> None:
         """Make v the direction of a sum (M,) of sub-tokens."""
         self.sums |= dict.fromkeys(names, total)
+        self.means.usable(names[0])
         self.vectors |= dict.fromkeys(names, normalised(total, weight))
+
+    def was_provisional(
+        self, name: str, v: Tensor, weight: Weight, state: Mapping[str, Any]
+    ) -> bool:
+        """Whether a v that was never moved along stood in for one that was still to come."""
+        if name in self.means.provisional:
+            return True
+        moved = any(bool(t.any()) for key, t in state.items() if key.startswith(("exp_", "max_")))
+        needs = self.velora is not None and self.velora.init == "batch_mean"
+        return needs and not moved and torch.equal(v, normalised(None, weight).to(v.device))
+
+    def first_means(self, missing: Sequence[tuple[Weight, tuple[str, ...]]], found: Found) -> None:
+        """v of the inputs that a batch can calibrate; a provisional one for the others."""
+        rows = over_ranks([found.row(w.position, w.device) for w, _ in missing])
+        world = torch.distributed.get_world_size() if distributed() else 1
+        for (weight, names), row in zip(missing, rows, strict=True):
+            total, (absolute, seen) = row[:-2], row[-2:].tolist()
+            final = self.means.judge(names[0], float(total.norm()), absolute, seen == world)
+            late = self.means.provisional.pop(names[0], None)
+            if not final:
+                ones = normalised(None, weight) if late is None else late
+                self.means.provisional[names[0]] = ones
+                continue
+            if seen != world:
+                v = self.vector(names, weight)
+            else:  # one that cancels is no direction
+                v = self.vector(names, weight, total * (names[0] not in self.means.reasons))
+            if late is not None:
+                self.means.late.append(v)
+        self.means.tell([names[0] for _, names in missing], found.failure)
+
+    def update_means(self, inputs: Sequence[tuple[Weight, tuple[str, ...], Tensor]]) -> None:
+        """Add one batch to running means; an old v stays with the forwards that read it."""
+        rows = over_ranks([total.to(torch.float64) for _, _, total in inputs])
+        skipped = []
+        for (weight, names, _), total in zip(inputs, rows, strict=True):
+            known = next((self.sums[name] for name in names if name in self.sums), None)
+            total = total if known is None else known.to(total.device) + total
+            norm = float(total.norm())
+            if not math.isfinite(norm):
+                skipped.append(names[0])
+            elif norm:
+                self.sums |= dict.fromkeys(names, total)
+                self.means.usable(names[0])
+                v = (total / norm).to(weight.device, weight.dtype)
+                self.vectors |= dict.fromkeys(names, v)
+        self.means.tell_of_skipped(skipped)
 
 
 def normalised(total: Tensor | None, weight: Weight) -> Tensor:
