@@ -31,6 +31,7 @@ class Attachment:
     expected: dict[int, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
     factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
     dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
+    serves: bool = False  # whether any of its parameters is a compiled model's
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
     state_hooks: list[Any] = field(default_factory=list)

@@ -43,8 +43,7 @@ def attached(optimizer: Optimizer) -> Attachment:
     attachment = _attachments.setdefault(optimizer, Attachment())
     sessions = live_sessions()
     found = [parameter for _, parameter in members(optimizer)]
-    bindings = sum(len(graph.bindings) for session in sessions for graph in session.graphs)
-    key = (bindings, *map(id, sessions), *map(id, found))
+    key = (_bindings(sessions), *map(id, sessions), *map(id, found))
     if key != attachment.key:
         ported = {id(p): session for session in sessions for p in session.ported()}
         attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
@@ -54,6 +53,7 @@ def attached(optimizer: Optimizer) -> Attachment:
         left = [p for p in found if id(p) not in attachment.ported]
         attachment.targets = _targets(ours, left, attachment.targets)
         attachment.scaled = _scaled(sessions, found)
+        attachment.serves = _serves(sessions, found)
         attachment.key = key
         for session in sessions:
             warn_of_sums(session)
@@ -62,6 +62,23 @@ def attached(optimizer: Optimizer) -> Attachment:
     if is_adam(optimizer):
         _check_members(optimizer, attachment)
     return attachment
+
+
+def catch_up(optimizer: Optimizer, attachment: Attachment) -> None:
+    """A closure may have compiled the first graphs within the step, behind `attached`."""
+    if attachment.key[:1] != (_bindings(live_sessions()),):
+        attached(optimizer)
+
+
+def _bindings(sessions: list[Session]) -> int:
+    return sum(len(graph.bindings) for session in sessions for graph in session.graphs)
+
+
+def _serves(sessions: list[Session], found: list[nn.Parameter]) -> bool:
+    """Whether an optimizer may meet a gradient of ours, now or once a graph is compiled."""
+    members = {id(p) for p in found}
+    models = (s.model() for s in sessions if s.velora is not None or s.galore is not None)
+    return any(id(p) in members for m in models if m is not None for p in m.parameters())
 
 
 def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[int, Session]:

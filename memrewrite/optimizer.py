@@ -107,7 +107,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         warn_of_scale(optimizer, attachment)
         return
     spread_orphans(optimizer, attachment)
-    if not (attachment.targets or attachment.ported or attachment.scaled):
+    if not attachment.serves:
         return
     if attachment.post_hook is None:
         hook: Any = torch.compiler.disable(_update)  # type: ignore[no-untyped-call]
@@ -137,6 +137,7 @@ def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Call
 
     def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = reference()
+        membership.catch_up(optimizer, attachment)
         ours = [p for p in group["params"] if takes(p, group, optimizer, attachment)]
         grads = [p.grad for p in ours]
         try:

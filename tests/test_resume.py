@@ -349,6 +349,34 @@ def test_accelerate(mode: str, tmp_path: Path) -> None:
     check_equal(straight, run(1, range(3, 6), load=True, save=False))
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, a dozen
+@pytest.mark.parametrize("mode", TOOLS)
+def test_lightning(mode: str, tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    class Lit(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.net = net(mode, seed=seed)
+
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            return self.net(x).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return AdamW(self.net.parameters(), lr=1e-2)
+
+    def run(seed: int, checkpoint: str | None) -> Net:
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=2, callbacks=[saving], **quiet)
+        data: Any = torch.utils.data.DataLoader([batch(i) for i in range(3)], batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(module := Lit(seed), data, ckpt_path=checkpoint)
+        return module.net
+
+    straight = run(0, None)
+    check_equal(straight, run(1, str(tmp_path / "epoch=0.ckpt")))
+
+
 class Once(Net):
     """A weight that is used twice has full-size moments, which only its graph tells."""
 

@@ -239,6 +239,25 @@ def test_resuming_is_bit_exact() -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("gradients", ["coordinates", "dense"])
+def test_a_closure_compiles_the_first_graph_within_the_step(gradients: Any) -> None:
+    """As Lightning steps."""
+    models = [net(gradients, lr_scale=None) for _ in range(2)]
+    optimizers = [AdamW(model.parameters(), lr=1e-2) for model in models]
+    fit(models[0], optimizers[0], range(2))
+    for step in range(2):
+
+        def closure(step: int = step) -> Any:
+            optimizers[1].zero_grad()
+            loss = loss_of(models[1], step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizers[1].step(closure)
+    same(*models)
+    assert factored(optimizers[0]) == factored(optimizers[1])
+
+
 def test_schedules_groups_closures_and_scaling() -> None:
     models = [net("coordinates"), net("dense")]
     for model in models:
