@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memrewrite import autodump, optimizer
+from memrewrite import autodump, optimizer, strays
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
@@ -19,7 +19,7 @@ from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select, why_not
 from memrewrite.state import Session, _sessions, live_sessions, session_of
-from memrewrite.watch import unwatch, watch
+from memrewrite.watch import watched
 from passes.absent import skip_absent_gradients
 from passes.base import Pass
 from passes.fold import fold_reconstruction
@@ -96,10 +96,11 @@ def compile(
     call_kwargs = dict(torch_compile_kwargs)
     engine = _engine(call_kwargs)
     session = Session(weakref.ref(model), options, engine, passes_for, request, projection)
-    compiled = torch.compile(call_of(model), backend=session, **call_kwargs)
-    model._compiled_call_impl = compiled
+    call = call_of(model)
+    compiled = torch.compile(call, backend=session, **call_kwargs)
+    model._compiled_call_impl = watched(session, call, compiled)
     _sessions[model] = session
-    watch(session)
+    strays.follow(session, model)
     autodump.follow(session)
     optimizer.install()
     return model
@@ -107,7 +108,7 @@ def compile(
 
 def restore(model: N) -> N:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
-    unwatch(session_of(model))
+    strays.forget(session_of(model), model)
     del _sessions[model]
     model._compiled_call_impl = None
     return model

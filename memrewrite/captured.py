@@ -56,6 +56,7 @@ class Binding:
     names: dict[int, str]  # argument position -> candidate name
     parameters: list[tuple[int, weakref.ref[Tensor]]]
     projected: dict[int, str]  # argument position -> name of its basis
+    foreign: bool = False  # see `selection.Choice`
     calibrated: bool = False
     calls: int = 0  # before it was
     unread: dict[int, Tensor] = field(default_factory=dict)
@@ -123,6 +124,10 @@ class Graph:
         if not binding.calibrated:
             self._calibrate(binding, args)
         variant = binding.variant
+        if binding.foreign:
+            self.session.foreign = True
+        else:
+            self.session.ran += self.training
         token = _running.set(binding)
         try:
             results = variant.compiled(*args, *binding.extra(self.session, args))
@@ -154,7 +159,8 @@ class Graph:
         if key not in self.bindings:
             variant = self._variant(args, choice, projected)
             places = {position: site.candidate.name for position, site in choice.sites}
-            self.bindings[key] = Binding(variant, choice.names, choice.parameters, places)
+            facts = choice.names, choice.parameters, places, choice.foreign
+            self.bindings[key] = Binding(variant, *facts)
             tell(variant.record, choice.names)
         return self.bindings[key]
 

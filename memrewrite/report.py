@@ -54,12 +54,16 @@ class Report:
     optimizer: tuple[OptimizerRow, ...] = ()
     optimizer_status: str = ""
     dominates: str = ""
+    calls: tuple[int, int] = (0, 0)  # of the latest that trained: (without our graphs, all)
+    missed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """{"sites": [...], "optimizer": [...], "totals": {...}}"""
         sites = [{**asdict(row), "shape": list(row.shape)} for row in self.sites]
         optimizer = [{**asdict(row), "shape": list(row.shape)} for row in self.optimizer]
+        missed, calls = self.calls
         totals = {**self.totals, "dominates": self.dominates}
+        totals |= {"recent_calls": calls, "missed_calls": missed}
         return {"sites": sites, "optimizer": optimizer, "totals": totals}
 
     def __str__(self) -> str:
@@ -76,8 +80,7 @@ class Report:
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
         text = f"{tabulate(rows, header, tablefmt='simple', intfmt=',')}\n\n{self.status}"
-        if self.dominates:
-            text += f"\n{self.dominates}"
+        text += "".join(f"\n{line}" for line in (self.dominates, self.missed) if line)
         if self.optimizer:
             text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
         return text
@@ -102,6 +105,7 @@ def report(model: nn.Module) -> Report:
 
 def report_of(session: Session, model: nn.Module) -> Report:
     """The report of one session; see `report`."""
+    calls: dict[str, Any] = {"calls": session.calls.recent(), "missed": session.calls.line()}
     projected, projected_status = optimizer_rows(session, model)
     found = candidates(model)
     bindings = [b for g in session.graphs for b in g.bindings.values()]
@@ -110,14 +114,14 @@ def report_of(session: Session, model: nn.Module) -> Report:
         status = INFERENCE_ONLY if session.graphs else NOTHING_YET
         rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
         totals = _totals([]) | _state_totals(projected)
-        return Report(tuple(rows), totals, status, projected, projected_status)
+        return Report(tuple(rows), totals, status, projected, projected_status, **calls)
     fates = _fates(graphs)
     chosen = session.selected(found)
     rows = list(_rows(session, found, chosen, fates))
     totals = _totals(_latest(graphs)) | _state_totals(projected)
     owners = dominates(b.variant.record for b in graphs)
     status = _summary(totals, graphs)
-    return Report(tuple(rows), totals, status, projected, projected_status, owners)
+    return Report(tuple(rows), totals, status, projected, projected_status, owners, **calls)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memrewrite.basis import small_shape
 from memrewrite.options import VeLoRA
@@ -28,6 +28,7 @@ class Choice:
     parameters: list[tuple[int, weakref.ref[Tensor]]]
     selected: list[Weight]  # VeLoRA's
     sites: list[tuple[int, Site]]  # GaLore's, where gradients come in coordinates
+    foreign: bool = False  # plain tensors stand in for the weights: functional_call's
 
 
 def choose(session: Session, positions: Sequence[int], args: Sequence[Any]) -> Choice:
@@ -50,7 +51,9 @@ def choose(session: Session, positions: Sequence[int], args: Sequence[Any]) -> C
     sites = _sites(session, [p for p in positions if p not in taken], args)
     names = {position: site.candidate.name for position, site in sites} | names
     parameters: list[Any] = [(i, weakref.ref(args[i])) for i in positions]
-    return Choice(names, parameters, selected, sites)
+    swapped = {id(a) for a in args if isinstance(a, Tensor) and not isinstance(a, nn.Parameter)}
+    foreign = not names and not swapped.isdisjoint(aliases)
+    return Choice(names, parameters, selected, sites, foreign)
 
 
 def _sites(

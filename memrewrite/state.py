@@ -32,6 +32,7 @@ from memrewrite.options import GaLore, VeLoRA
 from memrewrite.plan import PassesFor, ProjectedWeight, Weight
 from memrewrite.projection import Site
 from memrewrite.sites import Candidate, candidates, select
+from memrewrite.watch import Calls
 
 PREFIX = "velora.v."
 
@@ -54,6 +55,10 @@ class Session:
     graphs: list[Graph] = field(default_factory=list)
     settled: bool = False  # of an estimate: every weight has a projector
     called: bool = False
+    ran: int = 0  # rewritten training graphs that were called
+    calls: Calls = field(default_factory=Calls)
+    failure: str = ""  # of the latest compile
+    foreign: bool = False  # a graph was called with other parameters than the model's
     on_change: Callable[[Session, bool], None] | None = None
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
@@ -61,7 +66,12 @@ class Session:
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph."""
         self.called = True
-        graph = Graph(self, gm, inputs)  # raises where Dynamo wants to trace once more
+        try:
+            graph = Graph(self, gm, inputs)  # raises where Dynamo wants to trace once more
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            raise
+        self.failure = ""
         self.graphs.append(graph)
         self.changed()
         return graph

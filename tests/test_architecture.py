@@ -41,9 +41,9 @@ def test_pass_files_do_not_know_the_order() -> None:
 
 
 @pytest.mark.parametrize("path", sources("memrewrite", "passes", "examples"), ids=lambda p: p.stem)
-def test_private_torch_stands_behind_one_file(path: Path) -> None:
+def test_private_torch_stands_behind_two_files(path: Path) -> None:
     text = path.read_text()
-    if path.name == "backend.py":
+    if path.name in ("backend.py", "skipping.py"):
         return
     assert not [name for name in PRIVATE if name in text], path
 
