@@ -140,7 +140,10 @@ def _look(optimizer: Optimizer, key: tuple[int, int], before: _Known | None) -> 
 
 def _went_around(stepped: _Stepped, session: Session) -> None:
     model = session.model()
-    if model is None or "around" in session.calls.told or not _moved(model.parameters()):
+    compiled = session.called and not session.calls.total  # what runs it is not its call
+    if model is None or compiled or "around" in session.calls.told:
+        return
+    if not _moved(model.parameters()):
         return
     stepped.quiet += 1
     if session.calls.total and stepped.quiet < QUIET:
