@@ -31,6 +31,8 @@ class Attachment:
     expected: dict[int, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
     factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
     dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
+    collected: bool = False  # in the latest step: gradients and parameters, by torch's own code
+    traced: bool = False  # a compiled step never steps ours itself, whatever their gradients are
     serves: bool = False  # whether any of its parameters is a compiled model's
     key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
     post_hook: Any = None
@@ -50,6 +52,11 @@ def members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield group, parameter
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """Of its class, with the module: others than torch have an AdamW too."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def update_of(kind: AnyKind, session: Session, build: Callable[..., Update]) -> Update:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from memrewrite.attachment import Attachment, members
+from memrewrite.attachment import Attachment, members, name_of
 from memrewrite.basis import Vector
 from memrewrite.errors import UnsupportedError
 from memrewrite.projection import Selection, sites_of
@@ -151,7 +151,7 @@ def is_adam(optimizer: Optimizer) -> bool:
 def _check_optimizer(optimizer: Optimizer, name: str) -> None:
     if not is_adam(optimizer):
         raise UnsupportedError(
-            f"GaLore is to update {name}, but its optimizer is a {type(optimizer).__name__}; "
+            f"GaLore is to update {name}, but its optimizer is a {name_of(optimizer)}; "
             "use torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
             "model without galore_rank"
         )

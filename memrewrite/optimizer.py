@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from memrewrite import membership
 from memrewrite.attachment import Attachment, compiled, members, numbers_of, update_of
 from memrewrite.errors import warn
 from memrewrite.factored import FactoredKind
+from memrewrite.full_gradients import give_full_gradients, uncompiled
 from memrewrite.projected import ProjectedGrad
 from memrewrite.pushed import announce, given, is_small, receive
 from memrewrite.resume import go_on_from, store_vectors
+from memrewrite.skipping import is_tracing
 from memrewrite.small_gradients import (
     spread_orphans,
     step_densely,
@@ -49,8 +52,7 @@ _installed: list[Any] = []
 def install() -> None:
     """Look at every optimizer step from now on. Idempotent."""
     if not _installed:
-        hook: Any = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
-        _installed.append(register_optimizer_step_pre_hook(hook))
+        _installed.append(register_optimizer_step_pre_hook(uncompiled(_before_step)))
 
 
 def attach(optimizer: Optimizer) -> None:
@@ -92,10 +94,10 @@ def updates_of(session: Session) -> list[Update]:
 # --- around a step --------------------------------------------------------------------------
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
     attachment = membership.attached(optimizer)
-    attachment.factored, attachment.dense = {}, {}
+    attachment.factored, attachment.dense, attachment.collected = {}, {}, False
     if not attachment.state_hooks and live_sessions():
         attachment.state_hooks = [
             optimizer.register_state_dict_pre_hook(_store_vectors),
@@ -103,21 +105,20 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         ]
     _complain_of_unserved()
     if not membership.is_adam(optimizer):
-        warn_of_dense(optimizer, attachment)
         warn_of_scale(optimizer, attachment)
-        return
+        told = partial(warn_of_dense, optimizer, attachment)
+        return give_full_gradients(optimizer, args, kwargs, told)
     spread_orphans(optimizer, attachment)
     if not attachment.serves:
-        return
+        return None
     if attachment.post_hook is None:
-        hook: Any = torch.compiler.disable(_update)  # type: ignore[no-untyped-call]
-        attachment.post_hook = optimizer.register_step_post_hook(hook)
-        skipping: Any = _skipping(weakref.ref(optimizer), attachment)
-        skipping = torch.compiler.disable(skipping)  # type: ignore[no-untyped-call]
+        attachment.post_hook = optimizer.register_step_post_hook(uncompiled(_update))
+        skipping = uncompiled(_skipping(weakref.ref(optimizer), attachment))
         optimizer._init_group = skipping  # type: ignore[attr-defined]
     # Ahead of the user's own post-hooks: the step that they follow is complete.
     after: Any = optimizer._optimizer_step_post_hooks
     after.move_to_end(attachment.post_hook.id, last=False)
+    return None
 
 
 def _store_vectors(optimizer: Optimizer) -> None:
@@ -138,6 +139,8 @@ def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Call
     def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = reference()
         membership.catch_up(optimizer, attachment)
+        attachment.collected = True
+        attachment.traced |= is_tracing()
         ours = [p for p in group["params"] if takes(p, group, optimizer, attachment)]
         grads = [p.grad for p in ours]
         try:
@@ -158,6 +161,9 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if found_inf is not None and bool(found_inf.item()):
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if not attachment.collected:  # a compiled step collected once, when it was traced
+        for group, parameter in members(optimizer):
+            takes(parameter, group, optimizer, attachment)
     shared: dict[Any, tuple[Any, ...]] = {}
     built = len(compiled)
     with contextlib.ExitStack() as stack:

@@ -55,6 +55,11 @@ def traced_by_jit() -> bool:
     return bool(torch._C._get_tracing_state())
 
 
+def is_tracing() -> bool:
+    """Whether Dynamo is tracing: what it calls meanwhile it calls once, for all steps to come."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
 def ran_as_they_are(traceback: TracebackType | None) -> Iterator[CodeType]:
     """The code of an exception's frames: a compiled frame would have code of Dynamo's own."""
     while traceback is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim import Adam, Optimizer
 
-from memrewrite.attachment import Attachment, members, numbers_of, slowed, update_of
+from memrewrite.attachment import Attachment, members, name_of, numbers_of, slowed, update_of
 from memrewrite.basis import Vector
 from memrewrite.errors import warn
 from memrewrite.factored import (
@@ -44,7 +44,7 @@ def takes(
         if _takes_small(parameter, group, optimizer.state[parameter], attachment):
             return True
     session = attachment.scaled.get(id(parameter))
-    if session is None or session.step_scale == 1.0:
+    if session is None or (session.step_scale == 1.0 and not attachment.traced):
         return False
     attachment.dense[id(parameter)] = session
     return True
@@ -132,7 +132,10 @@ def step_densely(
     optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter], scale: float
 ) -> None:
     """torch's own step of some parameters of a group, scaled by `lr_scale`."""
-    one: Any = _OneGroup(optimizer, {**slowed(group, scale), "params": list(parameters)})
+    group = {**slowed(group, scale), "params": list(parameters)}
+    if parameters[0].device.type == "cpu":
+        group["capturable"] = False  # only a compiled step takes it there, and this is none
+    one: Any = _OneGroup(optimizer, group)
     inspect.unwrap(Adam.step)(one)
 
 
@@ -180,10 +183,13 @@ def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
 def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
     grads = [p.grad for _, p in members(optimizer) if id(p) in attachment.ported]
     small = [g for g in grads if isinstance(g, ProjectedGrad) and not g.is_dense]
-    if small:
+    served = {attachment.ported[id(p)] for _, p in members(optimizer) if id(p) in attachment.ported}
+    if small and not all("dense" in session.calls.told for session in served):
+        for session in served:  # one warning where each parameter has an optimizer of its own
+            session.calls.told.add("dense")
         attachment.warn_once(
             "dense",
-            f"{type(optimizer).__name__} reads the full gradients of {len(small)} compressed "
+            f"{name_of(optimizer)} reads the full gradients of {len(small)} compressed "
             f"weights: {sum(g.nbytes for g in small):,} bytes are built from "
             f"{sum(g.stored_bytes for g in small):,} in each step. torch.optim.Adam and AdamW "
             "step on the small ones; memrewrite.VeLoRA(gradients='dense') silences this",
@@ -201,7 +207,7 @@ def warn_of_scale(optimizer: Optimizer, attachment: Attachment) -> None:
         attachment.warn_once(
             "scale",
             f"lr_scale={asked.pop()!r} is a factor on the steps of torch.optim.Adam and AdamW; "
-            f"{type(optimizer).__name__} steps {len(attachment.scaled)} compressed weights "
+            f"{name_of(optimizer)} steps {len(attachment.scaled)} compressed weights "
             "without it: give them a parameter group of their own, or pass lr_scale=1.0",
         )
 

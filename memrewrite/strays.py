@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from memrewrite.errors import warn
+from memrewrite.full_gradients import uncompiled
 
 if TYPE_CHECKING:
     from memrewrite.state import Session
@@ -87,8 +87,7 @@ def follow(session: Session, model: nn.Module) -> None:
     for parameter in (trained or parameters)[:1]:  # torch.save keeps this, a state_dict does not
         parameter.__dict__[MARK] = COMPILED
     if not _installed:
-        hook: Any = torch.compiler.disable(_after_step)  # type: ignore[no-untyped-call]
-        _installed.append(register_optimizer_step_post_hook(hook))
+        _installed.append(register_optimizer_step_post_hook(uncompiled(_after_step)))
 
 
 def forget(session: Session, model: nn.Module) -> None:
