@@ -13,6 +13,7 @@ from memrewrite.memory import SavedTensor as SavedTensor
 from memrewrite.memory import saved_tensors as saved_tensors
 from memrewrite.options import GaLore as GaLore
 from memrewrite.options import VeLoRA as VeLoRA
+from memrewrite.projected import ProjectedGrad as ProjectedGrad
 from memrewrite.report import Report as Report
 from memrewrite.report import report as report
 

@@ -18,7 +18,14 @@ from memrewrite.partition import hint
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
 from memrewrite.sites import candidates, select, why_not
-from memrewrite.state import Session, _sessions, live_sessions, session_of
+from memrewrite.state import (
+    Session,
+    _sessions,
+    known_session,
+    live_sessions,
+    parts_of,
+    session_of,
+)
 from memrewrite.watch import watched
 from passes.absent import skip_absent_gradients
 from passes.base import Pass
@@ -120,9 +127,14 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     `velora.v.<weight>` (M,), and with GaLore(gradients="coordinates") `galore.p.<weight>`
     (side, r), the projector of the next gradient, or, where a refresh is next,
     `galore.warm.<weight>` or `galore.cold.<weight>` (other side, r + 16). Empty until the first
-    training step.
+    training step. A model whose parts were compiled one by one has `<path>/` before the keys of
+    each.
     """
-    return session_of(model).state_dict()
+    own = known_session(model)
+    if own is not None:
+        return own.state_dict()
+    parts = ((path, part.state_dict()) for path, part in parts_of(model))
+    return {f"{path}/{key}": tensor for path, state in parts for key, tensor in state.items()}
 
 
 def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -130,7 +142,25 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
     Raises ValueError, leaving the state as it was, where names or sizes differ.
     """
-    session_of(model).load_state_dict(state)
+    own = known_session(model)
+    if own is not None:
+        own.load_state_dict(state)
+        return
+    parts = dict(parts_of(model))
+    split: dict[str, dict[str, torch.Tensor]] = {path: {} for path in parts}
+    for key, tensor in state.items():
+        path, _, name = key.rpartition("/")
+        if path not in split:
+            raise ValueError(f"{key!r} is of no part that is compiled: {', '.join(parts)}")
+        split[path][name] = tensor
+    before = {path: part.state_dict() for path, part in parts.items()}
+    try:
+        for path, part in parts.items():
+            part.load_state_dict(split[path])
+    except ValueError:
+        for path, part in parts.items():
+            part.load_state_dict(before[path])
+        raise
 
 
 def call_of(model: nn.Module) -> Any:
@@ -158,7 +188,11 @@ def _engine(kwargs: dict[str, Any]) -> Engine:
     mode, options = kwargs.pop("mode", None), kwargs.pop("options", None)
     if mode is not None and options is not None:
         raise ValueError("pass mode= or options=, not both, as in torch.compile")
-    return Engine(backend, mode, options, kwargs.get("dynamic"))
+    engine = Engine(backend, mode, options, kwargs.get("dynamic"))
+    if backend != "inductor" and (options or mode not in (None, "default")):
+        dropped = f"options={options!r}" if options else f"mode={mode!r}"
+        warn(f"{dropped} is Inductor's, so backend={backend!r} does without it; leave one out")
+    return engine
 
 
 def _check_model(model: object) -> None:
@@ -209,7 +243,8 @@ def _check_sites(model: nn.Module, options: VeLoRA) -> None:
 
 def _check_projection(model: nn.Module, galore: GaLore) -> None:
     selection = sites_of(model, galore)
-    refused = [f"{c.name} {c.shape} ({r})" for c, r in selection.plain if "projected:" in r]
+    plain = [(c, r) for c, r in selection.plain if c.parameter.requires_grad]  # QLoRA's base is not
+    refused = [f"{c.name} {c.shape} ({r})" for c, r in plain if "projected:" in r]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         warn(

@@ -45,6 +45,7 @@ from memrewrite.record import GraphRecord
 from passes.absent import write_in_place
 from passes.base import copy_graph
 
+EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
 
 
@@ -144,10 +145,9 @@ class Engine:
 
     def __init__(self, backend: str, mode: str | None, options: Any, dynamic: bool | None) -> None:
         self.backend = backend
-        self.config: dict[str, Any] = {}
-        if backend == "inductor":  # torch.compile's own checks of mode= and options=
-            wrapper: Any = torch._TorchCompileInductorWrapper
-            self.config = dict(wrapper(mode, options, dynamic).config)
+        wrapper: Any = torch._TorchCompileInductorWrapper
+        config = dict(wrapper(mode, options, dynamic).config)  # torch.compile's own checks
+        self.config: dict[str, Any] = config if backend == "inductor" else {}
 
     @property
     def branches(self) -> bool:
@@ -184,6 +184,9 @@ def _compile_eager(
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
 
+    left = () if simplify else EYES  # Inductor's counts in uint16, which few operations take
+    table = {op: f for op, f in select_decomp_table().items() if op not in left}
+
     def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
         _rewrite_joint(joint, plan, passes_for)
         if simplify:
@@ -195,7 +198,7 @@ def _compile_eager(
         fw_compiler=nop,
         bw_compiler=_op_by_op,
         partition_fn=split,
-        decompositions=select_decomp_table(),
+        decompositions=table,
         keep_inference_input_mutations=True,
     )
     return backend(gm, inputs)  # type: ignore[no-any-return]

@@ -29,7 +29,7 @@ from memrewrite.listing import changed, described, difference
 from memrewrite.optimizer import updates_of
 from memrewrite.page import page
 from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report_of
-from memrewrite.state import Session, session_of
+from memrewrite.state import Session, known_session, parts_of
 
 MARK = "dump.json"
 HALVES = ("forward", "backward", "scalars", "body", "writes")  # what no pass made
@@ -41,9 +41,18 @@ def dump(model: nn.Module, directory: str | Path) -> Path:
 
     Works on a warm compile cache. A former dump there is overwritten. Raises ValueError
     for a model that memrewrite did not compile or that has not run yet, FileExistsError
-    for a directory that holds anything else, and OSError where it cannot be written.
+    for a directory that holds anything else, and OSError where it cannot be written. Of a
+    model whose parts were compiled one by one, each has a directory in it, named by its path.
     """
-    return dump_session(session_of(model), model, Path(directory))
+    own = known_session(model)
+    if own is not None:
+        return dump_session(own, model, Path(directory))
+    parts = [(path, part) for path, part in parts_of(model) if part.graphs]
+    if not parts:
+        raise ValueError(NOTHING_YET)
+    for path, part in parts:
+        dump_session(part, part.model() or model, Path(directory) / path)
+    return Path(directory)
 
 
 def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:

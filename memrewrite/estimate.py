@@ -29,6 +29,7 @@ from memrewrite.errors import UnsupportedError
 from memrewrite.formulas import Bytes, largest, read, symbols_of
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_state import Kept, state_of
+from memrewrite.options import refuse_options
 from memrewrite.record import GraphRecord, MemoryRecord
 from memrewrite.state import known_session
 from memrewrite.trace import factored_gradients, projected_gradients, trace
@@ -187,6 +188,7 @@ def estimate(
     Raises UnsupportedError where capture fails, where nothing is trained, or where the
     optimizer's state cannot be told.
     """
+    refuse_options(model, kwargs, "estimate")
     session = known_session(model)
     galore = session.galore if session else None
     traced, fake = trace(model, args, kwargs, dynamic)

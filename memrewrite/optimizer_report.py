@@ -212,4 +212,6 @@ def table(rows: tuple[OptimizerRow, ...]) -> str:
         lines.append(
             (name, "", "plain", "", None, grad, grad, size, size, None, None, "fewer than 2-D")
         )
-    return tabulate(lines, header, tablefmt="simple", intfmt=",", missingval="")
+    return tabulate(
+        lines, header, tablefmt="simple", intfmt=",", missingval="", disable_numparse=[0]
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +176,20 @@ def velora_options(velora: object) -> VeLoRA | None:
         f"velora={velora!r} is a {type(velora).__name__}; pass True, False or "
         "memrewrite.VeLoRA(subtoken_size=16, sites='auto')"
     )
+
+
+def refuse_options(model: nn.Module, kwargs: Collection[str], caller: str) -> None:
+    """Raises TypeError for options of `compile` among the keyword arguments of a model's call."""
+    try:
+        accepted: Collection[str] = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # no function of Python's
+        accepted = ()
+    for name in ("velora", "galore", "galore_rank"):
+        if name in kwargs and name not in accepted:
+            raise TypeError(
+                f"{caller} takes no {name}=: its keyword arguments are those of the model's call; "
+                f"compile the model first, memrewrite.compile(model, {name}=...)"
+            )
 
 
 def _checked_sites(sites: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from tabulate import tabulate
 from torch import nn
@@ -14,8 +14,10 @@ from memrewrite.liveness import dominates
 from memrewrite.optimizer_report import OptimizerRow, optimizer_rows, table
 from memrewrite.record import GraphRecord, InputRecord
 from memrewrite.sites import Candidate, candidates, why_not
-from memrewrite.state import Session, session_of
+from memrewrite.state import Session, known_session, parts_of
+from passes.find import BATCHED
 
+AnyRow = TypeVar("AnyRow", "Row", OptimizerRow)
 NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
 INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
 FATES = {
@@ -79,7 +81,9 @@ class Report:
             for r in self.sites
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
-        text = f"{tabulate(rows, header, tablefmt='simple', intfmt=',')}\n\n{self.status}"
+        # "0.10" is a name, and no number
+        text = tabulate(rows, header, tablefmt="simple", intfmt=",", disable_numparse=[0])
+        text += f"\n\n{self.status}"
         text += "".join(f"\n{line}" for line in (self.dominates, self.missed) if line)
         if self.optimizer:
             text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
@@ -98,9 +102,46 @@ def report(model: nn.Module) -> Report:
     state are predicted until an optimizer has stepped.
     `peak_bytes_before` and `peak_bytes_after` in the totals are predicted from the liveness
     of the largest graph: activations and gradients, without what lives all the time.
-    Raises ValueError for a model that memrewrite did not compile.
+    A model whose parts were compiled one by one, or that holds one in a wrapper as DDP does,
+    has the rows of them all, named by where they are.
+    Raises ValueError for a model of which memrewrite compiled nothing.
     """
-    return report_of(session_of(model), model)
+    own = known_session(model)
+    if own is not None:
+        return report_of(own, model)
+    return _gathered([(path, report_of(s, s.model() or model)) for path, s in parts_of(model)])
+
+
+def _gathered(reports: list[tuple[str, Report]]) -> Report:
+    """One report of several parts: their sums, and the largest of their peaks."""
+    totals = [part.totals for _, part in reports]
+    peaks = {key: max(t[key] for t in totals) for key in totals[0] if key.startswith("peak_")}
+    formulas = {
+        key: " + ".join(filter(None, (t[key] for t in totals)))
+        for key in totals[0]
+        if key.startswith("formula_")
+    }
+    others = totals[0].keys() - peaks.keys() - formulas.keys()
+    sums = {key: sum(t[key] for t in totals) for key in totals[0] if key in others}
+
+    def lines(of: str) -> str:
+        told = ((path, getattr(part, of)) for path, part in reports)
+        return "\n".join(f"{path}: {text}" for path, text in told if text)
+
+    return Report(
+        tuple(_moved(row, path) for path, part in reports for row in part.sites),
+        sums | peaks | formulas,
+        lines("status"),
+        tuple(_moved(row, path) for path, part in reports for row in part.optimizer),
+        lines("optimizer_status"),
+        lines("dominates"),
+        max(part.calls for _, part in reports),
+        lines("missed"),
+    )
+
+
+def _moved(row: AnyRow, path: str) -> AnyRow:
+    return replace(row, name=f"{path}.{row.name}")
 
 
 def report_of(session: Session, model: nn.Module) -> Report:
@@ -152,9 +193,11 @@ def _rows(
     session: Session, found: list[Candidate], chosen: set[str], fates: dict[str, list[_Fate]]
 ) -> Iterator[Row]:
     counted: set[tuple[int, int]] = set()
+    known = {id(c.parameter): c.name for c in reversed(found) if c.name in fates}
     for candidate in found:
-        mine = fates.get(candidate.name, [])
-        if candidate.kind == "raw" and not any(fate.entry for fate in mine):
+        name = known.get(id(candidate.parameter), candidate.name)
+        mine = fates.get(name, [])
+        if candidate.kind == "raw" and not any(f.entry or f.reason == BATCHED for f in mine):
             continue
         selected = candidate.name in chosen
         before = after = 0
@@ -166,6 +209,8 @@ def _rows(
                 after += fate.entry.after
         compressed = any(f.entry is not None and f.weight in f.entry.weights for f in mine)
         reason = _reason(session, candidate, selected, mine)
+        if name != candidate.name:
+            reason = f"shares its weight with {name}, where it is counted"
         yield _row(candidate, "compressed" if compressed else "exact", reason, before, after)
 
 

@@ -300,6 +300,18 @@ def session_of(model: nn.Module) -> Session:
     return session
 
 
+def parts_of(model: nn.Module) -> list[tuple[str, Session]]:
+    """(path, session) of the compiled modules inside one that is not, each once.
+
+    Raises ValueError where there are none.
+    """
+    inside = [(path, _sessions.get(module)) for path, module in model.named_modules()]
+    found = [(path, session) for path, session in inside if session is not None]
+    if not found:
+        session_of(model)
+    return found
+
+
 def known_session(model: nn.Module) -> Session | None:
     """The session of a model, if memrewrite compiled it."""
     return _sessions.get(model)

@@ -33,6 +33,11 @@ from passes.base import (
 )
 from passes.ops import velora_reconstruct
 
+BATCHED = (
+    "its gradient is a batched matmul (of einsum or bmm), which is not rewritten; F.linear(x, W) "
+    "or x @ W is"
+)
+
 
 @dataclass(frozen=True)
 class WeightGradient:
@@ -123,4 +128,6 @@ def _reason(terms: list[Node]) -> str:
         return "its gradient matmul also serves another output"
     if any(term.target is aten.mm.default for term in terms):
         return "its gradient matmul reads no activation of fixed width"
+    if any(term.target is aten.bmm.default for term in terms):
+        return BATCHED
     return f"its gradient is {terms[0].name}, not a matmul"

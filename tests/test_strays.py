@@ -133,6 +133,9 @@ def test_a_step_on_zeros_says_nothing() -> None:
     with silent():
         get_optimizer_state_dict(model, optimizer)
         step(model, optimizer)
+    model = memrewrite.compile(Stack(), backend="aot_eager")
+    optimizer = adam(model)
+    step(model, optimizer)
     outer = torch.compile(lambda x: model(x), backend="eager")
     with pytest.warns(MemrewriteWarning, match=f"{QUIET} optimizer steps"):
         for _ in range(QUIET):
@@ -140,7 +143,7 @@ def test_a_step_on_zeros_says_nothing() -> None:
 
 
 def test_a_step_on_zeros_does_not_end_the_watch() -> None:
-    model = compiled()
+    model = memrewrite.compile(Stack(), backend="aot_eager")
     optimizer = adam(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
