@@ -36,6 +36,7 @@ from passes.lower import lower_ir_ops
 from passes.pieces import cut
 
 MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
+FULL_SIZE = "its optimizer state is full-size already"
 EXAMPLE = 7  # rows of a dynamic one, when it is captured
 HELD = {1: V, 2: V, 3: SQUARE, 4: SQUARE}  # arguments of a captured update: see `update.capture`
 
@@ -100,7 +101,7 @@ def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, An
     if group["differentiable"]:
         return "differentiable=True needs the full update"
     if state and VECTOR not in state:
-        return "its optimizer state is full-size already"
+        return FULL_SIZE
     return None
 
 

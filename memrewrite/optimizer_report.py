@@ -110,7 +110,7 @@ def _factored(
     shape = session.coordinates()[id(parameter)]
     small = math.prod(shape) * parameter.element_size()
     plain = mine.state and VECTOR not in mine.state
-    reason = "its state became full-size: see the warning" if plain else ""
+    reason = "its state is full-size: see the warning" if plain else ""
     return OptimizerRow(
         name.removesuffix(".weight"),
         tuple(parameter.shape),

@@ -15,6 +15,7 @@ from memrewrite.attachment import Attachment, members, name_of, numbers_of, slow
 from memrewrite.basis import Vector
 from memrewrite.errors import warn
 from memrewrite.factored import (
+    FULL_SIZE,
     MOMENTS,
     FactoredKind,
     agrees,
@@ -166,6 +167,15 @@ def _give_up(
             "full",
             f"the Adam state of a compressed weight {tuple(parameter.shape)} becomes full-size "
             f"from here on, with the same values: {reason}",
+        )
+    elif reason == FULL_SIZE and "full" not in attachment.told:
+        attachment.warn_once(
+            "plain",
+            f"the optimizer holds full-size Adam state of a compressed weight "
+            f"{tuple(parameter.shape)}: of a run without velora, with gradients='dense', or of a "
+            "first gradient that was full. Adam goes on from it as it is, so it stays full-size, "
+            "and every small gradient is built in full: start with a new optimizer to have small "
+            "moments, or pass gradients='dense' to memrewrite.VeLoRA",
         )
 
 

@@ -218,6 +218,24 @@ def test_a_step_under_fullgraph_says_whose_hook_that_is() -> None:
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
 
 
+def test_state_of_a_run_without_velora_stays_full_size_and_that_is_told() -> None:
+    before, after = net(), net(**velora())
+    old, new = AdamW(before.parameters()), AdamW(after.parameters())
+    loss_of(before, 0).backward()
+    old.step()
+    after.load_state_dict(before.state_dict())
+    new.load_state_dict(old.state_dict())
+    with pytest.warns(MemrewriteWarning, match=r"full-size Adam state .*\(128, 64\)") as told:
+        for i in range(2):
+            new.zero_grad()
+            loss_of(after, i).backward()
+            new.step()
+    assert len(told) == 1 and "start with a new optimizer" in str(told[0].message)
+    assert new.state[after[0].weight]["exp_avg"].shape == (128, 64)
+    row = memrewrite.report(after).optimizer[0]
+    assert (row.decision, row.reason) == ("plain", "its state is full-size: see the warning")
+
+
 # --- in backward, and names ---------------------------------------------------------------------
 
 
