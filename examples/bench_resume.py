@@ -155,7 +155,7 @@ def run(tool: str, folder: Path, resumed: bool) -> None:
         here.mkdir(exist_ok=True)
         TOOLS[tool](model, here, resumed)
         torch.save(model.state_dict(), here / f"end-{int(resumed)}.pt")
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 def difference(folder: Path) -> float:

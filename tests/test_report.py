@@ -73,3 +73,21 @@ def test_a_recompile_replaces_its_forerunner_in_the_totals() -> None:
     large = memrewrite.report(model).totals
     assert len(session_of(model).graphs) == 2 and large["graphs"] == small["graphs"] == 1
     assert large["saved_bytes_after"] == 2 * small["saved_bytes_after"]
+
+
+def test_a_model_without_a_linear_of_its_own_is_printed() -> None:
+    import warnings
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r = nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.r(x)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = memrewrite.compile(Net(), velora=memrewrite.VeLoRA(4, "all"), backend="aot_eager")
+        model(torch.randn(2, 3, 8)).sum().backward()
+    assert "decision" in str(memrewrite.report(model))
