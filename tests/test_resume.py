@@ -204,6 +204,35 @@ def test_a_frozen_leader_takes_nobodys_vector_along() -> None:
     assert state["exp_avg"].shape == moments.shape == (32, 3) and VECTOR in state
 
 
+class Adapted(nn.Module):
+    """A linear with a low-rank adapter beside it, as PEFT wraps one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(24, 8, bias=False), nn.Linear(8, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_an_adapter_takes_nobodys_vector_along() -> None:
+    model = net("velora")
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    fit(model, optimizer, range(2))
+    before = memrewrite.state_dict(model)
+    model.q = Adapted(model.q)  # type: ignore[assignment]
+    optimizer.add_param_group({"params": [model.q.a.weight, model.q.b.weight]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, optimizer, range(2, 4))
+    after = memrewrite.state_dict(model)
+    assert after.keys() - before.keys() == {"velora.v.q.a", "velora.v.q.b"}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(after["velora.v.q.a"], before["velora.v.k"])  # it reads the same input
+    assert optimizer.state[model.k.weight]["exp_avg"].shape == (32, 3)
+
+
 @pytest.mark.parametrize("route", ["ours", "optimizer"])
 @pytest.mark.parametrize("saved", ["all", "k"])
 def test_a_checkpoint_of_another_trained_set(route: str, saved: str) -> None:
