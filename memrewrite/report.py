@@ -82,7 +82,9 @@ class Report:
         ]
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
         # "0.10" is a name, and no number
-        text = tabulate(rows, header, tablefmt="simple", intfmt=",", disable_numparse=[0] if rows else False)
+        text = tabulate(
+            rows, header, tablefmt="simple", intfmt=",", disable_numparse=[0] if rows else False
+        )
         text += f"\n\n{self.status}"
         text += "".join(f"\n{line}" for line in (self.dominates, self.missed) if line)
         if self.optimizer:

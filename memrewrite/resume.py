@@ -39,21 +39,27 @@ State = Mapping[str, Any]
 
 
 def states_of(parameters: Iterable[Tensor]) -> dict[int, State]:
-    """By id of a parameter, what an optimizer of this process holds of it.
+    """By id of a parameter, what the optimizers of this process hold of it.
 
     An optimizer knows its parameters, and nobody knows all optimizers but the garbage
-    collector. It is asked when a run starts, never in a step.
+    collector. It is asked when a run starts, never in a step. Where one of those that have a
+    parameter has no state of it, a new run starts: another one may be left over from the last.
     """
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    states = [getattr(optimizer, "state", None) for optimizer in optimizers]
-    tables = [table for table in states if isinstance(table, dict)]
+    known = [(_members(o), getattr(o, "state", None)) for o in optimizers]
+    tables = [(members, state) for members, state in known if isinstance(state, dict)]
     found: dict[int, State] = {}
     for parameter in parameters:
-        held = (table[parameter] for table in tables if parameter in table)
-        mine = [state for state in held if isinstance(state, dict) and state]
-        if mine:
-            found[id(parameter)] = mine[0]
+        held = [state.get(parameter) for members, state in tables if id(parameter) in members]
+        states = [state for state in held if isinstance(state, dict) and state]
+        if states and len(states) == len(held):
+            found[id(parameter)] = states[0]
     return found
+
+
+def _members(optimizer: Optimizer) -> set[int]:
+    """Ids; none of one that is not made yet."""
+    return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
 def recall_vector(
