@@ -14,6 +14,7 @@ from memrewrite import autodump, optimizer, strays
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
+from memrewrite.parallel import inner
 from memrewrite.partition import hint
 from memrewrite.plan import Plan
 from memrewrite.projection import sites_of
@@ -67,10 +68,11 @@ def compile(
     """Compile `model` in place so that training it needs less memory; returns `model`.
 
     The same nn.Module comes back: isinstance, state_dict keys and hooks are untouched,
-    and the rest of the training loop stays as it is. Exact rewrites are always on;
-    `velora` adds the approximate ones of arXiv 2405.17991 (see `VeLoRA`), `galore_rank`
-    (short for `galore=GaLore(rank=...)`) those of arXiv 2403.03507 to the stock Adam or
-    AdamW that steps the model's parameters: it is rewritten at its first step.
+    and the rest of the training loop stays as it is. Of a DistributedDataParallel the module
+    inside is compiled: wrap it before or after. Exact rewrites are always on; `velora` adds
+    the approximate ones of arXiv 2405.17991 (see `VeLoRA`), `galore_rank` (short for
+    `galore=GaLore(rank=...)`) those of arXiv 2403.03507 to the stock Adam or AdamW that
+    steps the model's parameters: it is rewritten at its first step.
     `mode=`, `options=`, `dynamic=`, `fullgraph=`, `disable=` act as in torch.compile;
     `backend=` is "inductor" or, to run the rewritten graphs without code generation,
     "aot_eager". A second call with equal options does nothing. `compile(optimizer)`, for
@@ -83,6 +85,10 @@ def compile(
     """
     if isinstance(model, Optimizer):
         optimizer.attach(model)
+        return model
+    if inner(model) is not model:
+        more = torch_compile_kwargs
+        compile(inner(model), velora=velora, galore_rank=galore_rank, galore=galore, **more)
         return model
     options, projection = velora_options(velora), galore_options(galore_rank, galore)
     _check_model(model)
@@ -115,9 +121,9 @@ def compile(
 
 def restore(model: N) -> N:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
-    strays.forget(session_of(model), model)
-    del _sessions[model]
-    model._compiled_call_impl = None
+    strays.forget(session_of(model), inner(model))
+    del _sessions[inner(model)]
+    inner(model)._compiled_call_impl = None
     return model
 
 

@@ -15,9 +15,10 @@ from torch.fx import GraphModule
 from memrewrite import calibrate
 from memrewrite.absence import told_of_absence
 from memrewrite.backend import capture
-from memrewrite.basis import Vector
+from memrewrite.basis import Basis, Vector
 from memrewrite.errors import warn
 from memrewrite.logs import tell
+from memrewrite.parallel import adopt, foresee
 from memrewrite.plan import ProjectedWeight, Weight, make_plan
 from memrewrite.ports import Port, extra_inputs, trained_outputs
 from memrewrite.record import GraphRecord
@@ -95,6 +96,19 @@ class Binding:
             )
         return self.unread[weight.position]
 
+    def basis_of(self, session: Session, parameter: Tensor) -> Basis | None:
+        """In which a parameter's gradient comes next, where it comes small and that is known."""
+        at = next((i for i, known in self.parameters if known() is parameter), None)
+        if at in self.projected:
+            return session.bases.get(self.projected[at])
+        weight = next((w for w in self.variant.selected if w.position == at), None)
+        if weight is None or weight.port is None:
+            return None
+        readers = self.readers[weight.position]
+        if session.vectors.keys().isdisjoint(readers):
+            return None
+        return Vector(session.vector(readers, weight), weight.left)
+
 
 class Graph:
     """One captured graph, called with v appended to its arguments.
@@ -115,11 +129,15 @@ class Graph:
         self.variants: dict[Any, Variant] = {}
         self.choices: dict[tuple[int, ...], Choice] = {}  # by the parameters of a call
         self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
+        if self.training:
+            foresee(session)
         self._bind(inputs)
         if self.dynamic and self._choice(inputs).sites:
             self._compile_both(inputs)
 
     def __call__(self, *args: Any) -> Any:
+        if self.training:
+            adopt(self.session)
         binding = self._bind(args)
         if not binding.calibrated:
             self._calibrate(binding, args)
@@ -138,6 +156,10 @@ class Graph:
         self._update_means(binding, results[variant.outputs :])
         return results[: variant.outputs]
 
+    def forget(self) -> None:
+        """Choose anew at the next call: an option has changed."""
+        self.choices, self.bindings = {}, {}
+
     def _choice(self, args: Sequence[Any]) -> Choice:
         key = tuple(id(args[i]) for i in self.positions)
         known = self.choices.get(key)
@@ -147,7 +169,7 @@ class Graph:
             recall_bases(self.session, [site for _, site in known.sites])
             if not self.training:
                 known.selected, known.sites = [], []
-            if not trained_outputs(self.gm):
+            if not trained_outputs(self.gm) or self.session.full is not None:
                 known.selected = [replace(weight, port=None) for weight in known.selected]
                 known.sites = []
         return known

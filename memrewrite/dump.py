@@ -28,6 +28,7 @@ from memrewrite.captured import Variant
 from memrewrite.listing import changed, described, difference
 from memrewrite.optimizer import updates_of
 from memrewrite.page import page
+from memrewrite.parallel import inner
 from memrewrite.report import INFERENCE_ONLY, NOTHING_YET, report_of
 from memrewrite.state import Session, known_session, parts_of
 
@@ -46,7 +47,7 @@ def dump(model: nn.Module, directory: str | Path) -> Path:
     """
     own = known_session(model)
     if own is not None:
-        return dump_session(own, model, Path(directory))
+        return dump_session(own, inner(model), Path(directory))
     parts = [(path, part) for path, part in parts_of(model) if part.graphs]
     if not parts:
         raise ValueError(NOTHING_YET)

@@ -30,6 +30,7 @@ from memrewrite.formulas import Bytes, largest, read, symbols_of
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_state import Kept, state_of
 from memrewrite.options import refuse_options
+from memrewrite.parallel import inner
 from memrewrite.record import GraphRecord, MemoryRecord
 from memrewrite.state import known_session
 from memrewrite.trace import factored_gradients, projected_gradients, trace
@@ -189,7 +190,7 @@ def estimate(
     optimizer's state cannot be told.
     """
     refuse_options(model, kwargs, "estimate")
-    session = known_session(model)
+    session, model = known_session(model), inner(model)
     galore = session.galore if session else None
     traced, fake = trace(model, args, kwargs, dynamic)
     records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]

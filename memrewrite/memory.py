@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from memrewrite.captured import Binding, running
 from memrewrite.options import refuse_options
+from memrewrite.parallel import inner
 from memrewrite.record import KeptRecord
 from memrewrite.state import session_of
 
@@ -86,6 +87,7 @@ def saved_tensors(model: nn.Module, *args: Any, **kwargs: Any) -> SavedTensors:
     """
     session_of(model)
     refuse_options(model, kwargs, "saved_tensors")
+    model = inner(model)  # a forward of DDP's own would await a backward
     if not torch.is_grad_enabled():
         raise ValueError("gradients are turned off, so nothing is saved; leave torch.no_grad()")
     given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]

@@ -12,6 +12,7 @@ from torch import nn
 from memrewrite.captured import Binding
 from memrewrite.liveness import dominates
 from memrewrite.optimizer_report import OptimizerRow, optimizer_rows, table
+from memrewrite.parallel import inner
 from memrewrite.record import GraphRecord, InputRecord
 from memrewrite.sites import Candidate, candidates, why_not
 from memrewrite.state import Session, known_session, parts_of
@@ -110,7 +111,7 @@ def report(model: nn.Module) -> Report:
     """
     own = known_session(model)
     if own is not None:
-        return report_of(own, model)
+        return report_of(own, inner(model))
     return _gathered([(path, report_of(s, s.model() or model)) for path, s in parts_of(model)])
 
 

@@ -83,3 +83,18 @@ def small_gradient(candidate: Candidate, velora: VeLoRA) -> tuple[int, int] | No
     if velora.full_gradients or candidate.kind not in ("linear", "conv1d") or wrapper:
         return None
     return small_shape(parameter.shape, velora.subtoken_size, candidate.kind == "conv1d")
+
+
+def small_weights(session: Session) -> list[nn.Parameter]:
+    """Weights whose gradients may come small, whatever the graphs turn out to be."""
+    model = session.model()
+    if model is None or session.full is not None:
+        return []
+    found = candidates(model)
+    chosen = session.selected(found)
+    wanted = [c for c in found if c.name in chosen and why_not(c, session.velora) is None]
+    velora = session.velora
+    ported = [c for c in wanted if velora is not None and small_gradient(c, velora)]
+    weights = [parameter for _, parameter in model.named_parameters()]
+    sites = _sites(session, range(len(weights)), weights)
+    return [*(c.parameter for c in ported), *(site.candidate.parameter for _, site in sites)]

@@ -24,11 +24,13 @@ from memrewrite import sketch
 from memrewrite.backend import Engine
 from memrewrite.bases import PREFIX as GALORE
 from memrewrite.bases import key_of, restored
-from memrewrite.basis import Projector
+from memrewrite.basis import Basis, Projector
 from memrewrite.calibrate import Found
 from memrewrite.captured import Graph
+from memrewrite.errors import warn
 from memrewrite.means import Means, distributed, over_ranks
 from memrewrite.options import GaLore, VeLoRA
+from memrewrite.parallel import inner
 from memrewrite.plan import PassesFor, ProjectedWeight, Weight
 from memrewrite.projection import Site
 from memrewrite.sites import Candidate, candidates, select
@@ -61,6 +63,7 @@ class Session:
     foreign: bool = False  # a graph was called with other parameters than the model's
     on_change: Callable[[Session, bool], None] | None = None
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
+    full: str | None = None  # why gradients stay full-size, where small ones were asked for
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -80,6 +83,33 @@ class Session:
         """A graph was compiled, or (complete) the first optimizer update was."""
         if self.on_change is not None:
             self.on_change(self, complete)
+
+    def keep_full(self, reason: str) -> None:
+        """No gradient of this model comes small from here on; said once."""
+        if self.full is None and self.may_be_small:
+            warn(
+                f"the gradients and Adam state of {type(self.model()).__name__} stay full-size: "
+                f"{reason}. The step is the same; gradients='dense' in memrewrite.VeLoRA and "
+                "GaLore says that this is meant"
+            )
+        self.full = reason
+        for graph in self.graphs:  # compiled before it was known
+            graph.forget()
+
+    @property
+    def may_be_small(self) -> bool:
+        """Whether the options ask for gradients in coordinates."""
+        velora = self.velora is not None and not self.velora.full_gradients
+        return velora or (self.galore is not None and self.galore.gradients == "coordinates")
+
+    def basis_of(self, weight: Tensor) -> Basis | None:
+        """The basis that the gradient of a weight will come in, as far as that is known."""
+        found = (
+            binding.basis_of(self, weight)
+            for graph in self.graphs
+            for binding in graph.bindings.values()
+        )
+        return next((basis for basis in found if basis is not None), None)
 
     def selected(self, found: list[Candidate]) -> set[str]:
         return select(found, self.velora.sites) if self.velora else set()
@@ -291,7 +321,7 @@ _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictio
 
 def session_of(model: nn.Module) -> Session:
     """The session of a compiled model. Raises ValueError for any other."""
-    session = _sessions.get(model)
+    session = known_session(model)
     if session is None:
         raise ValueError(
             f"this {type(model).__name__} is not compiled by memrewrite (a deepcopy is not "
@@ -313,8 +343,8 @@ def parts_of(model: nn.Module) -> list[tuple[str, Session]]:
 
 
 def known_session(model: nn.Module) -> Session | None:
-    """The session of a model, if memrewrite compiled it."""
-    return _sessions.get(model)
+    """The session of a model, or of what its DDP wraps, if memrewrite compiled it."""
+    return _sessions.get(inner(model))
 
 
 def live_sessions() -> list[Session]:
