@@ -18,7 +18,7 @@ from memrewrite.backend import capture
 from memrewrite.basis import Basis, Vector
 from memrewrite.errors import warn
 from memrewrite.logs import tell
-from memrewrite.parallel import adopt, foresee
+from memrewrite.parallel import adopt, foresee, originals, rehearsed
 from memrewrite.plan import ProjectedWeight, Weight, make_plan
 from memrewrite.ports import Port, extra_inputs, trained_outputs
 from memrewrite.record import GraphRecord
@@ -122,20 +122,23 @@ class Graph:
         self.session, self.gm = session, gm
         self.training = torch.is_grad_enabled()
         self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
-        self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
         model = session.model()
+        real = originals(model, inputs)
+        self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
         buffers = {id(b) for b in model.buffers()} if model is not None else set()
-        self.buffers = [i for i, value in enumerate(inputs) if id(value) in buffers]
+        self.buffers = [i for i, value in enumerate(real) if id(value) in buffers]
         self.variants: dict[Any, Variant] = {}
         self.choices: dict[tuple[int, ...], Choice] = {}  # by the parameters of a call
         self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
         if self.training:
             foresee(session)
-        self._bind(inputs)
-        if self.dynamic and self._choice(inputs).sites:
-            self._compile_both(inputs)
+        self._bind(real)
+        if self.dynamic and self._choice(real).sites:
+            self._compile_both(real)
 
     def __call__(self, *args: Any) -> Any:
+        if rehearsed():
+            return self._rehearse(args)
         if self.training:
             adopt(self.session)
         binding = self._bind(args)
@@ -155,6 +158,18 @@ class Graph:
             return results
         self._update_means(binding, results[variant.outputs :])
         return results[: variant.outputs]
+
+    def _rehearse(self, args: Sequence[Any]) -> Any:
+        """Called while Dynamo compiles, with tensors without memory, for the shapes of outputs.
+
+        Inductor's programs are made to return such tensors once: none may be left to do so.
+        """
+        bound = self._bind(originals(self.session.model(), args)).variant
+        results = None
+        for variant in (*self.variants.values(), bound):
+            extra = extra_inputs(variant.selected, variant.projected, args)
+            results = variant.compiled(*args, *(value for _, value in extra))
+        return results[: bound.outputs]  # type: ignore[index]
 
     def forget(self) -> None:
         """Choose anew at the next call: an option has changed."""

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from memrewrite.averaging import Averager
@@ -44,6 +45,11 @@ PARTS = (
 )
 AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 KNOWN = all(hasattr(DDP, part) for part in PARTS)
+
+
+def active() -> Any:
+    """The DDP whose forward is running, if one is."""
+    return DDP._active_ddp_module if KNOWN else None
 
 
 def inner(model: Any) -> Any:
@@ -160,18 +166,36 @@ def replica_of(ddp: nn.Module) -> Replica | None:
 
 def adopt(session: Session) -> None:
     """In a training call of one of this session's graphs: see to the DDP that it runs in."""
-    ddp: Any = DDP._active_ddp_module if KNOWN else None
+    ddp = active()
     if ddp is None:
         return
     replica = _replicas.get(ddp)
-    if replica is None or session not in replica.sessions:
-        if torch._guards.TracingContext.try_get() is None:  # DDPOptimizer calls it with fakes
-            _adopt(ddp, session)
+    if session.full is None and (replica is None or session not in replica.sessions):
+        _adopt(ddp, session)
+
+
+def rehearsed() -> bool:
+    """Whether a graph is called by DDPOptimizer, which splits it while Dynamo compiles."""
+    return active() is not None and torch._guards.TracingContext.try_get() is not None
+
+
+def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Parameters and buffers, where DDPOptimizer compiles a part with copies without memory."""
+    modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    mode = next(modes, None) if active() is not None else None
+    if mode is None or model is None:
+        return inputs
+    real = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copy = mode.fake_tensor_converter._get_memo(tensor)
+        if copy is not None:
+            real[id(copy)] = tensor
+    return [real.get(id(value), value) for value in inputs]
 
 
 def foresee(session: Session) -> None:
     """Before a graph is compiled: whether its gradients may come small at all."""
-    ddp: Any = DDP._active_ddp_module if KNOWN else None
+    ddp = active()
     if ddp is not None and session.full is None and (reason := obstacle(ddp)) is not None:
         session.keep_full(reason)
 
@@ -248,6 +272,7 @@ def _install() -> None:
     """See the outputs of every forward. A hook on the module would make Dynamo trace it again."""
     original: Any = DDP._post_forward
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(original)
     def post_forward(ddp: Any, output: Any) -> Any:
         output = original(ddp, output)

@@ -86,7 +86,9 @@ class Session:
 
     def keep_full(self, reason: str) -> None:
         """No gradient of this model comes small from here on; said once."""
-        if self.full is None and self.may_be_small:
+        if self.full is not None:
+            return
+        if self.may_be_small:
             warn(
                 f"the gradients and Adam state of {type(self.model()).__name__} stay full-size: "
                 f"{reason}. The step is the same; gradients='dense' in memrewrite.VeLoRA and "
