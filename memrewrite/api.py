@@ -14,10 +14,10 @@ from memrewrite import autodump, optimizer, strays
 from memrewrite.backend import Engine
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
-from memrewrite.parallel import inner
+from memrewrite.parallel import foresee, inner
 from memrewrite.partition import hint
 from memrewrite.plan import Plan
-from memrewrite.projection import sites_of
+from memrewrite.projection import SHARDED, sites_of
 from memrewrite.sites import candidates, select, why_not
 from memrewrite.state import (
     Session,
@@ -104,11 +104,12 @@ def compile(
     _check_untaken(model)
     if options is not None:
         _check_sites(model, options)
-    if projection is not None:
-        _check_projection(model, projection)
+    whole = _check_projection(model, projection) if projection is not None else frozenset()
     call_kwargs = dict(torch_compile_kwargs)
     engine = _engine(call_kwargs)
     session = Session(weakref.ref(model), options, engine, passes_for, request, projection)
+    session.whole = whole
+    foresee(session)
     call = call_of(model)
     compiled = torch.compile(call, backend=session, **call_kwargs)
     model._compiled_call_impl = watched(session, call, compiled)
@@ -247,7 +248,8 @@ def _check_sites(model: nn.Module, options: VeLoRA) -> None:
         )
 
 
-def _check_projection(model: nn.Module, galore: GaLore) -> None:
+def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
+    """The names of what is projected. Raises ValueError where that is nothing."""
     selection = sites_of(model, galore)
     plain = [(c, r) for c, r in selection.plain if c.parameter.requires_grad]  # QLoRA's base is not
     refused = [f"{c.name} {c.shape} ({r})" for c, r in plain if "projected:" in r]
@@ -258,11 +260,13 @@ def _check_projection(model: nn.Module, galore: GaLore) -> None:
             "leave them out of sites to say that this is meant"
         )
     if selection.projected:
-        return
+        return frozenset(site.candidate.name for site in selection.projected)
     candidate, reason = next(
         (pair for pair in selection.plain if pair[1].startswith("too small")), selection.plain[0]
     )
     remedy = "choose a smaller rank" if reason.startswith("too small") else "select others"
+    if SHARDED in reason:
+        remedy = "compile without galore_rank, or train with DistributedDataParallel"
     if any(reason == "not trained" for _, reason in selection.plain):
         remedy = "unfreeze the weights first"
     raise ValueError(

@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 from memrewrite.attachment import Attachment, members, name_of
 from memrewrite.basis import Vector
 from memrewrite.errors import UnsupportedError
-from memrewrite.projection import Selection, sites_of
+from memrewrite.projection import SHARDED, Selection, sites_of, weights_of
 from memrewrite.selection import small_gradient
 from memrewrite.sites import candidates, why_not
 from memrewrite.small_gradients import warn_of_sums
@@ -49,6 +49,8 @@ def attached(optimizer: Optimizer) -> Attachment:
         attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
         _expect_small(sessions, found, attachment)
         ours = [session for session in sessions if session.galore is not None]
+        for session in ours:
+            _check_whole(session, found)
         # A small gradient needs no GaLore.
         left = [p for p in found if id(p) not in attachment.ported]
         attachment.targets = _targets(ours, left, attachment.targets)
@@ -79,6 +81,23 @@ def _serves(sessions: list[Session], found: list[nn.Parameter]) -> bool:
     members = {id(p) for p in found}
     models = (s.model() for s in sessions if s.velora is not None or s.galore is not None)
     return any(id(p) in members for m in models if m is not None for p in m.parameters())
+
+
+def _check_whole(session: Session, members: list[nn.Parameter]) -> None:
+    """Raise UnsupportedError where weights were sharded after GaLore was asked for."""
+    model = session.model()
+    if model is None or not any(hasattr(p, "placements") for p in members):
+        return
+    ours = {id(p) for p in members}
+    for candidate in weights_of(model):
+        if candidate.name in session.whole and hasattr(candidate.parameter, "placements"):
+            if id(candidate.parameter) in ours:
+                raise UnsupportedError(
+                    f"GaLore is to project {candidate.name} {candidate.shape}, which is {SHARDED} "
+                    "since: a projector needs the whole matrix. Compile without galore_rank, leave "
+                    "the sharded weights out of memrewrite.GaLore(sites=...), or train with "
+                    "DistributedDataParallel, under which GaLore works"
+                )
 
 
 def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[int, Session]:

@@ -17,6 +17,7 @@ parts of torch.distributed; read and run on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -57,6 +58,15 @@ def inner(model: Any) -> Any:
     while isinstance(model, DDP):
         model = model.module
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard holds parameters of a model, which are whole while a block runs."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded by whoever uses it
+    kind = getattr(fsdp, "FSDPModule", ())
+    if any(isinstance(module, kind) for module in model.modules()):
+        return True
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
 def obstacle(ddp: Any) -> str | None:
@@ -195,9 +205,13 @@ def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
 
 def foresee(session: Session) -> None:
     """Before a graph is compiled: whether its gradients may come small at all."""
-    ddp = active()
-    if ddp is not None and session.full is None and (reason := obstacle(ddp)) is not None:
+    model, ddp = session.model(), active()
+    if session.full is not None or model is None:
+        return
+    if ddp is not None and (reason := obstacle(ddp)) is not None:
         session.keep_full(reason)
+    if is_sharded(model):
+        session.keep_full("fully_shard takes full gradients and keeps a shard of each on a rank")
 
 
 def _adopt(ddp: Any, session: Session) -> None:

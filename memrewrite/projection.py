@@ -24,6 +24,7 @@ from memrewrite.sites import Candidate, choose
 LAST = ("lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "head")
 HEADS = (*LAST, *(f"*.{n}" for n in LAST), "*.predictions.decoder", "*.seq_relationship")
 TOP_LEVEL_HEADS = ("fc", "output")
+SHARDED = "sharded over ranks (a DTensor, as fully_shard makes them)"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -50,7 +51,7 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
 
     frozen=True also projects weights that are not trained now but may be later.
     """
-    found = list(_weights(model))
+    found = list(weights_of(model))
     if not found:
         raise ValueError("the model has no matrix or convolution for GaLore to project")
     if galore.sites == "auto":
@@ -87,7 +88,7 @@ def projected_numbers(shape: tuple[int, ...], rank: int, left: bool, moments: in
     return moments * rank * other + rank * side
 
 
-def _weights(model: nn.Module) -> Iterator[Candidate]:
+def weights_of(model: nn.Module) -> Iterator[Candidate]:
     """Each parameter of two dimensions or more once, under its first name."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -150,6 +151,8 @@ def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> s
     parameter = candidate.parameter
     if not parameter.dtype.is_floating_point:
         return f"not projected: its dtype is {parameter.dtype}"
+    if hasattr(parameter, "placements"):
+        return f"not projected: {SHARDED}, and a projector needs the whole matrix"
     if type(parameter) not in (nn.Parameter, torch.Tensor, FakeTensor):
         return f"not projected: a {type(parameter).__name__}, no plain tensor"
     if candidate.kind == "stack":

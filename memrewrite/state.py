@@ -63,6 +63,7 @@ class Session:
     foreign: bool = False  # a graph was called with other parameters than the model's
     on_change: Callable[[Session, bool], None] | None = None
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
+    whole: frozenset[str] = frozenset()  # weights that GaLore projects; sharding them is refused
     full: str | None = None  # why gradients stay full-size, where small ones were asked for
     unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
 
