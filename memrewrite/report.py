@@ -247,6 +247,8 @@ def _one_reason(session: Session, fate: _Fate) -> str:
     leader = names.get(entry.leader, "") if entry.leader is not None else ""
     if sentence := session.means.sentence(leader):
         reason += f"; {sentence}"
+    if session.full is not None:
+        reason += f"; its gradient and Adam state stay full-size: {session.full}"
     return reason
 
 
