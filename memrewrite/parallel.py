@@ -107,7 +107,7 @@ class Replica:
         """These weights are ours from now on."""
         self.averager = Averager(list(weights.items()), self.averager.sent)
         self.release()
-        queue = _weakly(self)  # outputs in an object that `_tensors` does not know call no hook
+        queue = _weakly(self, outermost=False)  # where `_tensors` finds no output
         plain: list[Any] = list(weights.values())
         self.handles = [w.register_post_accumulate_grad_hook(queue) for w in plain]
 
@@ -119,7 +119,7 @@ class Replica:
         """After a forward whose backward is to be averaged."""
         self._check()
         self.armed, self.queued = True, False
-        queue = _weakly(self)
+        queue = _weakly(self, outermost=True)
         tensor: Any
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
@@ -139,10 +139,9 @@ class Replica:
 
     def queue(self) -> None:
         """Take the means at the end of the backward that is running."""
-        if self.armed and not self.queued:
-            self.queued = True
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._finish)
+        self.queued = True
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
         ddp = self.ddp()
@@ -155,15 +154,33 @@ class Replica:
         return next((basis for basis in found if basis is not None), None)
 
 
-def _weakly(replica: Replica) -> Callable[[Any], None]:
+def _weakly(replica: Replica, outermost: bool) -> Callable[[Any], None]:
+    """A hook. outermost: no other backward is around the one that calls it."""
     reference = weakref.ref(replica)
 
     def queue(_: Any) -> None:
         known = reference()
-        if known is not None:
+        if known is not None and known.armed and not known.queued:
+            if not outermost:
+                _check_outermost()
             known.queue()
 
     return queue
+
+
+def _check_outermost() -> None:
+    """Raise UnsupportedError inside a reentrant checkpoint: other gradients come after its end."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "backward" and code.co_filename.endswith("checkpoint.py"):
+            raise UnsupportedError(
+                "no tensor is found in the output of a DDP whose model uses reentrant "
+                "checkpointing, so the end of its backward cannot be seen: return tensors in "
+                "lists, dictionaries or data classes, pass use_reentrant=False, or pass "
+                "gradients='dense' to memrewrite.VeLoRA and GaLore"
+            )
+        frame = frame.f_back
 
 
 _replicas: weakref.WeakKeyDictionary[Any, Replica] = weakref.WeakKeyDictionary()

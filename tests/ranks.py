@@ -127,6 +127,11 @@ class Boxed(Net):
         return Box(super().forward(x))
 
 
+class BoxedCheckpointed(Checkpointed):
+    def forward(self, x: Tensor) -> Any:
+        return Box(super().forward(x))
+
+
 class Skipping(Net):
     def forward(self, x: Tensor, use: bool = True) -> Tensor:
         return self.head(self.body(x) if use else x)
@@ -468,6 +473,12 @@ def joined_later(rank: int) -> dict[str, Any]:
     ddp = DDP(compiled(made(Net)))
     Loop(steps=1)(ddp, rank)
     return _error_of(lambda: ddp(batch(0)[:8]), Join([ddp]))
+
+
+@scenario
+def boxed_and_reentrant(rank: int) -> dict[str, Any]:
+    ddp = DDP(compiled(made(BoxedCheckpointed)))
+    return _error_of(lambda: Loop(steps=1)(ddp, rank))
 
 
 @scenario

@@ -130,6 +130,12 @@ def test_uneven_inputs_keep_gradients_full(results: Results) -> None:
     assert "gradients='dense'" in later["text"]
 
 
+def test_an_end_of_backward_that_cannot_be_seen_raises(results: Results) -> None:
+    found = results["boxed and reentrant"]
+    assert found["error"] == "UnsupportedError"
+    assert "use_reentrant=False" in found["text"]
+
+
 def test_ranks_with_another_basis_raise(results: Results) -> None:
     found = results["another basis"]
     assert found["error"] == "UnsupportedError"
