@@ -130,8 +130,7 @@ class Graph:
         self.variants: dict[Any, Variant] = {}
         self.choices: dict[tuple[int, ...], Choice] = {}  # by the parameters of a call
         self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
-        if self.training:
-            foresee(session)
+        foresee(session)
         self._bind(real)
         if self.dynamic and self._choice(real).sites:
             self._compile_both(real)
@@ -139,8 +138,7 @@ class Graph:
     def __call__(self, *args: Any) -> Any:
         if rehearsed():
             return self._rehearse(args)
-        if self.training:
-            adopt(self.session)
+        adopt(self.session)
         binding = self._bind(args)
         if not binding.calibrated:
             self._calibrate(binding, args)

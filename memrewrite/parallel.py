@@ -192,7 +192,10 @@ def replica_of(ddp: nn.Module) -> Replica | None:
 
 
 def adopt(session: Session) -> None:
-    """In a training call of one of this session's graphs: see to the DDP that it runs in."""
+    """In a call of one of this session's graphs: see to the DDP that it runs in.
+
+    Without gradients as well: a reentrant checkpoint runs with them in backward alone.
+    """
     ddp = active()
     if ddp is None:
         return
@@ -268,7 +271,8 @@ def _rebuild(ddp: Any, ours: set[int]) -> None:
         parameters, sparse = ddp._build_params_for_reducer()
         if parameters:
             mapping = ddp._build_debug_param_to_name_mapping(parameters)
-            ddp._ddp_init_helper(parameters, sparse, mapping, ddp.static_graph)
+            with torch.enable_grad():
+                ddp._ddp_init_helper(parameters, sparse, mapping, ddp.static_graph)
             _restore_settings(ddp)
         else:
             ddp.reducer = _Nothing()

@@ -127,7 +127,18 @@ class Boxed(Net):
         return Box(super().forward(x))
 
 
-class BoxedCheckpointed(Checkpointed):
+class Nested(nn.Module):
+    """Its block is compiled, and checkpointed outside of that: a backward inside of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.out = nn.Linear(16, 16), Net(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(checkpoint(self.block, self.first(x), use_reentrant=True))
+
+
+class BoxedNested(Nested):
     def forward(self, x: Tensor) -> Any:
         return Box(super().forward(x))
 
@@ -477,8 +488,21 @@ def joined_later(rank: int) -> dict[str, Any]:
 
 @scenario
 def boxed_and_reentrant(rank: int) -> dict[str, Any]:
-    ddp = DDP(compiled(made(BoxedCheckpointed)))
+    model: Any = made(BoxedNested)
+    compiled(model.block)
+    ddp = DDP(model)
     return _error_of(lambda: Loop(steps=1)(ddp, rank))
+
+
+@scenario
+def nested_backward(rank: int) -> dict[str, Any]:
+    alone, model = made(Nested), made(Nested)
+    for one in (alone, model):
+        block: Any = one.block
+        compiled(block)
+    theirs = alone, Loop()(alone, None)
+    ddp = DDP(model)
+    return compared((ddp, Loop()(ddp, rank)), theirs)
 
 
 @scenario

@@ -16,7 +16,7 @@ SMALL = (
     *("static_graph", "bucket views", "bucket views, zeroed", "no_sync", "unused", "uneven"),
     *("unused, static", "clip and scaler", "graph break", "reentrant", "reentrant, static"),
     *("checkpoint", "bare", "bare, static", "boxed", "known hook", "order after", "order whole"),
-    *("split", "each block", "rebuilt", "loaded", "used on one rank"),
+    *("split", "each block", "nested backward", "rebuilt", "loaded", "used on one rank"),
 )
 ORDERS = ("shard, blocks", "blocks, shard", "shard, whole", "whole, shard")
 
