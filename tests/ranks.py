@@ -128,14 +128,18 @@ class Boxed(Net):
 
 
 class Nested(nn.Module):
-    """Its block is compiled, and checkpointed outside of that: a backward inside of another."""
+    """Blocks are compiled, and checkpointed outside of that: backwards inside of another."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.block, self.out = nn.Linear(16, 16), Net(), nn.Linear(4, 4)
+        self.first, self.out = nn.Linear(16, 16), nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Bare(), Net()])
 
     def forward(self, x: Tensor) -> Any:
-        return self.out(checkpoint(self.block, self.first(x), use_reentrant=True))
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return self.out(x)
 
 
 class BoxedNested(Nested):
@@ -489,7 +493,8 @@ def joined_later(rank: int) -> dict[str, Any]:
 @scenario
 def boxed_and_reentrant(rank: int) -> dict[str, Any]:
     model: Any = made(BoxedNested)
-    compiled(model.block)
+    for block in model.blocks:
+        compiled(block)
     ddp = DDP(model)
     return _error_of(lambda: Loop(steps=1)(ddp, rank))
 
@@ -498,8 +503,8 @@ def boxed_and_reentrant(rank: int) -> dict[str, Any]:
 def nested_backward(rank: int) -> dict[str, Any]:
     alone, model = made(Nested), made(Nested)
     for one in (alone, model):
-        block: Any = one.block
-        compiled(block)
+        for block in one.blocks:  # type: ignore[union-attr]
+            compiled(block)
     theirs = alone, Loop()(alone, None)
     ddp = DDP(model)
     return compared((ddp, Loop()(ddp, rank)), theirs)

@@ -81,6 +81,10 @@ def test_gradients_stay_small_and_right(results: Results, name: str) -> None:
     assert 0 < found["small"] < found["full"] / 3
 
 
+def test_no_sync_sends_once_a_step(results: Results) -> None:
+    assert results["no_sync"]["small"] == results["static_graph"]["small"]
+
+
 def test_a_split_graph_is_split(results: Results) -> None:
     assert results["split"]["graphs"] > 2
     assert results["graph break"]["graphs"] == 2
