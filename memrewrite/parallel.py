@@ -150,7 +150,9 @@ class Replica:
             self.averager.average(ddp.process_group, self._basis_of)
 
     def _basis_of(self, weight: nn.Parameter) -> Basis | None:
-        found = (session.basis_of(weight) for session in self.sessions)
+        graphs = (graph for session in self.sessions for graph in session.graphs)
+        bindings = ((g.session, b) for g in graphs for b in g.bindings.values())
+        found = (binding.basis_of(session, weight) for session, binding in bindings)
         return next((basis for basis in found if basis is not None), None)
 
 

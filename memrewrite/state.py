@@ -24,7 +24,7 @@ from memrewrite import sketch
 from memrewrite.backend import Engine
 from memrewrite.bases import PREFIX as GALORE
 from memrewrite.bases import key_of, restored
-from memrewrite.basis import Basis, Projector
+from memrewrite.basis import Projector
 from memrewrite.calibrate import Found
 from memrewrite.captured import Graph
 from memrewrite.errors import warn
@@ -104,15 +104,6 @@ class Session:
         """Whether the options ask for gradients in coordinates."""
         velora = self.velora is not None and not self.velora.full_gradients
         return velora or (self.galore is not None and self.galore.gradients == "coordinates")
-
-    def basis_of(self, weight: Tensor) -> Basis | None:
-        """The basis that the gradient of a weight will come in, as far as that is known."""
-        found = (
-            binding.basis_of(self, weight)
-            for graph in self.graphs
-            for binding in graph.bindings.values()
-        )
-        return next((basis for basis in found if basis is not None), None)
 
     def selected(self, found: list[Candidate]) -> set[str]:
         return select(found, self.velora.sites) if self.velora else set()
