@@ -25,8 +25,6 @@ from memrewrite import UnsupportedError, VeLoRA
         ({"scale": float("nan")}, ValueError, "not finite"),
         ({"scale": "0.1"}, TypeError, "must be a number"),
         ({"init": "mean"}, ValueError, "batch_mean"),
-        ({"lr_scale": 0.5, "gradients": "dense"}, UnsupportedError, "parameter group"),
-        ({"lr_scale": 0.5, "init": "running_mean"}, UnsupportedError, "parameter group"),
         ({"lr_scale": 0}, ValueError, "not positive"),
         ({"lr_scale": "half"}, TypeError, "must be a number"),
         ({"gradients": "small"}, ValueError, "'coordinates' nor 'dense'"),
