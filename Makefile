@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLD := .venv-oldest
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-oldest quick check clean
 
 install: $(STAMP)
 
@@ -18,13 +21,28 @@ demo: $(STAMP)
 	$(BIN)/python examples/train_llama.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(PYTEST)
+
+# Two minutes: all that needs neither generated code nor a large model.
+quick: $(STAMP)
+	$(BIN)/python $(PYTEST) -m 'not inductor and not slow'
+
+# The suite on the lowest torch that pyproject.toml promises.
+test-oldest: $(OLD)/.installed
+	$(OLD)/bin/python $(PYTEST)
+
+$(OLD)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLD)
+	grep -v '^torch==' constraints.txt > $(OLD)/constraints.txt
+	$(OLD)/bin/pip install --quiet -c $(OLD)/constraints.txt torch==$(OLDEST)
+	$(OLD)/bin/pip install --quiet -c $(OLD)/constraints.txt -e '.[dev]'
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(PYTEST)
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) $(OLD) out build dist

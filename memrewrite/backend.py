@@ -11,16 +11,18 @@ On a warm AOTAutograd cache neither hook runs. What they decided is therefore wr
 beside torch's cache under the facts that decide it, and read back; where it is missing
 the graph is compiled once more without the cache.
 
-Every private torch API here was read and run on torch 2.13.
+Every private torch API here was run on torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ from passes.absent import write_in_place
 from passes.base import copy_graph
 
 EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
+
+# Whether a parameter that was frozen or thawed since makes Dynamo compile again: in torch 2.11
+# a guard on it is skipped as long as its module's dictionary is the same.
+GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
+
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
 
 
@@ -63,40 +70,35 @@ def _compiling() -> Iterator[Compile]:
 # --- the two hooks -------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class JointPasses(CustomGraphPass):
-    """Inductor's joint_custom_pre_pass."""
+    """Inductor's joint_custom_pre_pass: ours, then the user's own (a list, from torch 2.13 on)."""
 
-    def __init__(self, plan: Plan, passes_for: PassesFor) -> None:
-        self.plan, self.passes_for = plan, passes_for
+    plan: Plan
+    passes_for: PassesFor = field(compare=False)
+    theirs: tuple[Any, ...] = ()
 
     def uuid(self) -> Any:
-        return ("memrewrite", source_hash(), self.plan)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, JointPasses) and self.uuid() == other.uuid()
-
-    def __hash__(self) -> int:
-        return hash(self.uuid())
+        """None, and so no cache, beside a pass that does not say what it is."""
+        theirs = [isinstance(one, CustomGraphPass) and one.uuid() for one in self.theirs]
+        return ("memrewrite", source_hash(), self.plan, *theirs) if all(theirs) else None
 
     def __call__(self, graph: Graph) -> None:
         assert graph.owning_module is not None
         _rewrite_joint(graph.owning_module, self.plan, self.passes_for)
+        for one in self.theirs:
+            one(graph)
 
 
+@dataclass(frozen=True)
 class ExactFirst(CustomPartitionerFn):
     """Inductor's custom_partitioner_fn; `inner` is the user's own, where there is one."""
 
-    def __init__(self, plan: Plan, inner: CustomPartitionerFn | None = None) -> None:
-        self.plan, self.inner = plan, inner
+    plan: Plan
+    inner: CustomPartitionerFn | None = None
 
     def uuid(self) -> Any:
         return ("memrewrite", source_hash(), self.plan, self.inner and self.inner.uuid())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ExactFirst) and self.uuid() == other.uuid()
-
-    def __hash__(self) -> int:
-        return hash(self.uuid())
 
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
         return _split_joint(gm, joint_inputs, self.plan, self.inner, **kwargs)
@@ -164,17 +166,16 @@ class Engine:
 
         theirs = self.config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
         inner = self.config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
-        own = JointPasses(plan, passes_for)
         patches = {
             **self.config,
-            "joint_custom_pre_pass": own if theirs is None else [own, *_listed(theirs)],
+            "joint_custom_pre_pass": JointPasses(plan, passes_for, _listed(theirs)),
             "custom_partitioner_fn": ExactFirst(plan, inner),
         }
         return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _listed(passes: Any) -> tuple[Any, ...]:
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,) if passes else ()
 
 
 def _compile_eager(
@@ -303,16 +304,14 @@ def _key(
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-# --- one optimizer update -----------------------------------------------------------------
-
-
 def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Callable[..., Any]:
     """The engine's code for a graph that writes its inputs, specialised to their shapes or not."""
     if engine.backend == "aot_eager":
         return gm
     from torch._dynamo.exc import TorchDynamoException
 
-    current: list[Callable[..., Any]] = [torch.compile(gm, fullgraph=True, dynamic=dynamic)]
+    compiled = torch.compile(gm, fullgraph=True, dynamic=dynamic, options=_fused_throughout())
+    current: list[Callable[..., Any]] = [compiled]
 
     def run(*tensors: Tensor) -> Any:
         try:
@@ -329,13 +328,18 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
     return run
 
 
+def _fused_throughout() -> dict[str, Any]:
+    """Before torch 2.13 Inductor stores a small moment that v expands as a temporary first."""
+    from torch._inductor.ir import StorageBox
+
+    known = inspect.signature(StorageBox.should_realize_on_reuse).parameters
+    return {} if "graph_reuse" in known else {"realize_reads_threshold": 64}
+
+
 def in_compiled_autograd() -> bool:
     """Whether backward is to be traced: it then runs no Function's own entry."""
     wanted: bool = torch._dynamo.config.compiled_autograd
     return wanted or getattr(torch._dynamo.compiled_autograd, "compiled_autograd_enabled", False)
-
-
-# --- torch's own knobs, for comparisons ---------------------------------------------------
 
 
 def set_torch(functorch: Mapping[str, Any], inductor: Mapping[str, Any]) -> None:

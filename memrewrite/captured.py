@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from memrewrite import calibrate
 from memrewrite.absence import told_of_absence
-from memrewrite.backend import capture
+from memrewrite.backend import GUARDS_TRAINED, capture
 from memrewrite.basis import Basis, Vector
 from memrewrite.errors import warn
 from memrewrite.logs import tell
@@ -128,7 +128,7 @@ class Graph:
         buffers = {id(b) for b in model.buffers()} if model is not None else set()
         self.buffers = [i for i, value in enumerate(real) if id(value) in buffers]
         self.variants: dict[Any, Variant] = {}
-        self.choices: dict[tuple[int, ...], Choice] = {}  # by the parameters of a call
+        self.choices: dict[Any, Choice] = {}  # by the parameters of a call
         self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
         foresee(session)
         self._bind(real)
@@ -174,7 +174,7 @@ class Graph:
         self.choices, self.bindings = {}, {}
 
     def _choice(self, args: Sequence[Any]) -> Choice:
-        key = tuple(id(args[i]) for i in self.positions)
+        key = tuple(id(args[i]) for i in self.positions), self._trained(args)
         known = self.choices.get(key)
         if known is None or not all(p() is args[i] for i, p in known.parameters):
             self.bindings = {k: b for k, b in self.bindings.items() if k[0] is not known}
@@ -202,10 +202,17 @@ class Graph:
     def _variant(
         self, args: Sequence[Any], choice: Choice, projected: list[ProjectedWeight]
     ) -> Variant:
-        wanted = (tuple(w.position for w in choice.selected), *projected)
+        wanted = self._wanted(args, choice, projected)
         if wanted not in self.variants:
             self.variants[wanted] = self._compile(args, choice.selected, projected)
         return self.variants[wanted]
+
+    def _wanted(self, args: Sequence[Any], choice: Choice, projected: list[ProjectedWeight]) -> Any:
+        return self._trained(args), tuple(w.position for w in choice.selected), *projected
+
+    def _trained(self, args: Sequence[Any]) -> tuple[bool, ...]:
+        """Which parameters are: where Dynamo does not guard it, each answer has its own variant."""
+        return () if GUARDS_TRAINED else tuple([args[i].requires_grad for i in self.positions])
 
     def _compile_both(self, args: Sequence[Any]) -> None:
         """For a refresh and between two: outside Dynamo a dynamic graph cannot be compiled."""
@@ -213,7 +220,7 @@ class Graph:
         self.variants = {}
         for usual in (True, False):
             projected = [self.session.projected(i, s, s.left is usual) for i, s in choice.sites]
-            wanted = (tuple(w.position for w in choice.selected), *projected)
+            wanted = self._wanted(args, choice, projected)
             known[wanted] = known.get(wanted) or self._compile(args, choice.selected, projected)
         self.variants = known
 

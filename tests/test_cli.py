@@ -47,6 +47,7 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["symbols"] == {}
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["estimate", *SMALL, "--velora", "--sites", "all", "--fit", "200MB"]
     assert main(words) == 0
@@ -59,11 +60,15 @@ def test_the_largest_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_report_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *SMALL, "--velora"]) == 0
-    text = capsys.readouterr().out
-    assert "model.layers.1.mlp.down_proj" in text and "compressed" in text
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line.startswith("model.")}
+    assert " compressed " in rows["model.layers.1.mlp.down_proj"]
+    assert " exact " in rows["model.layers.1.mlp.up_proj"]
 
 
-def test_a_deep_stack_takes_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deep_stack_takes_the_shortcut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[int] = []
 
     def whole(arguments: argparse.Namespace, dynamic: bool) -> Any:
@@ -74,8 +79,12 @@ def test_a_deep_stack_takes_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cli, "_whole", whole)
     assert main(["estimate", "llama-70b"]) == 0
     assert seen == [8, 12, 16]
+    short = capsys.readouterr().out.splitlines()
     assert main(["estimate", "llama-70b", "--whole"]) == 0
     assert seen[3:] == [None]
+    figures, owner = short[:-1], short[-1]
+    assert figures == capsys.readouterr().out.splitlines()[:-1] and " 647 " in figures[-2]
+    assert owner == "from depths 8, 12 and 16; at 16, logits"
     assert main(["estimate", "llama-60m"]) == 0
     assert seen[4:] == [None]
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from memrewrite import shapes
+from memrewrite.bench import configurations
 from memrewrite.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")
-TYPED = re.compile(r"^python -m memrewrite (.*?)(?:\s+#.*)?$", re.M)
+# At the start of a line of a shell block, or in backticks within a sentence.
+TYPED = re.compile(
+    r"(?:^python -m |`python -m |`)memrewrite ([a-z][^`\n]*?)(?:\s+#.*)?(?:`|$)", re.M
+)
 
 
 def shown(path: Path) -> str:
@@ -41,10 +49,45 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert f'<a id="{place}"></a>' in path.read_text(), (target, place)
 
 
-def test_commands_are_known(capsys: pytest.CaptureFixture[str]) -> None:
-    words = {line.split()[0] for page in PAGES for line in TYPED.findall(page.read_text())}
-    assert words >= {"estimate", "bench", "dump"}
-    for word in words:
-        with pytest.raises(SystemExit) as done:
-            main([word, "--help"])
-        assert done.value.code == 0
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_every_block_and_link_of_a_page_is_found(page: Path) -> None:
+    """So that the tests above cannot pass by looking past some."""
+    text = page.read_text()
+    assert len(BLOCK.findall(text)) == text.count("```python")
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.M | re.S)
+    assert len(LINK.findall(prose)) == prose.count("](")
+
+
+class Parsed(Exception):
+    """A request that its own parser has accepted; nothing is done about it."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        super().__init__(given)
+        self.given = given
+
+
+COMMANDS = [(shown(page), line) for page in PAGES for line in TYPED.findall(page.read_text())]
+
+
+def test_commands_are_found() -> None:
+    words = [line.split()[0] for _, line in COMMANDS]
+    assert set(words) >= {"estimate", "report", "bench", "dump"}
+    typed = sum(page.read_text().count("python -m memrewrite") for page in PAGES)
+    assert len(COMMANDS) >= typed >= 10
+
+
+@pytest.mark.parametrize("line", sorted({line for _, line in COMMANDS}))
+def test_a_command_is_accepted_with_every_flag(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse: Any = argparse.ArgumentParser.parse_args
+
+    def parsed(self: Any, *args: Any) -> None:
+        raise Parsed(parse(self, *args))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    with pytest.raises(Parsed) as done:  # an unknown flag is a SystemExit
+        main(shlex.split(line))
+    given = vars(done.value.given)
+    model = given.get("model") or ""
+    assert model in ("", *shapes.NAMES) or re.fullmatch(r"\w+:\w+|\w+\.py", model)
+    assert configurations.chosen(given.get("configurations", "quick"))
+    assert shapes.parse_bytes(given.get("fit") or "1GB") > 0

@@ -12,13 +12,13 @@ import sympy
 import torch
 import transformers as hf
 from huggingface import MODELS
-from models import Stack
+from models import Stack, assert_same, gradients
 from test_memory import Wrapped, hooked
 from torch import nn
 
 import memrewrite
 from memrewrite import GaLore, VeLoRA, shapes
-from memrewrite.bench.meters import unique_bytes
+from memrewrite.bench.meters import meter, unique_bytes
 from memrewrite.estimate import by_depth
 
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
@@ -75,6 +75,7 @@ def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
     assert memrewrite.report(model).totals["graphs"] == 1
 
 
+@pytest.mark.slow
 def test_formulas_equal_the_numbers_of_a_static_program() -> None:
     model = memrewrite.compile(tiny(), galore_rank=4)
     symbolic = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, **tokens(2, 12))
@@ -89,6 +90,7 @@ def test_formulas_equal_the_numbers_of_a_static_program() -> None:
         assert there.rewritten.step_peak == static.rewritten.step_peak
 
 
+@pytest.mark.slow
 def test_a_deep_stack_is_estimated_by_lower_ones() -> None:
     def of(layers: int) -> memrewrite.Estimate:
         model = memrewrite.compile(tiny(layers), velora=VeLoRA(8, sites="all"), galore_rank=4)
@@ -99,9 +101,10 @@ def test_a_deep_stack_is_estimated_by_lower_ones() -> None:
     assert guess is not None
     assert guess.plain == found.plain
     assert guess.rewritten == found.rewritten
-    assert by_depth({**lower, 5: of(6)}, 7) is None
+    assert by_depth({**lower, 5: found}, 7) is None
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_last_that_fits() -> None:
     model = memrewrite.compile(tiny(), velora=VeLoRA(8, sites="all"))
     found = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, **tokens(2, 16))
@@ -167,18 +170,17 @@ def test_the_paper_s_memory_table(name: str) -> None:
     full, low = ((weights + kept.state) / 2**30 for kept in (plain, projected))
     paper_full, paper_low = PAPER[name]
     assert full == pytest.approx(paper_full, rel=0.12)
-    assert low >= 0.97 * paper_low  # embedding and head stay on plain Adam: ours is more
+    # embedding and head stay on plain Adam: ours is more
+    assert 0.97 * paper_low <= low < 1.15 * paper_low
 
 
 def test_a_small_machine_takes_a_large_model() -> None:
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = meter("cpu")
+    before = memory.settle()  # and the peak of earlier tests is forgotten
     model = memrewrite.compile(shapes.from_config("llama-7b", layers=2).to(torch.bfloat16))
     found = memrewrite.estimate(model, optimizer=ADAMW, **tokens(1, 128))
     assert found.plain.parameters > 1.2e9
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert (after - before) * 1024 < 0.5e9
+    assert memory.peak() - before < 0.5e9
 
 
 def test_graph_breaks_add_up() -> None:
@@ -196,8 +198,11 @@ def test_graph_breaks_add_up() -> None:
     x = torch.randn(6, 8)
     whole, broken = (memrewrite.estimate(Broken(b), x) for b in (False, True))
     assert broken.plain.gradients == whole.plain.gradients
-    assert broken.plain.saved >= whole.plain.saved > 0
-    assert broken.plain.backward_peak >= whole.plain.forward_peak
+    between = 6 * 16 * 4  # tanh(x) is kept by the graph that made it and by the one that reads it
+    assert whole.plain.saved == between + 6 * 8 * 4
+    assert broken.plain.saved == whole.plain.saved + between
+    assert broken.plain.forward_peak == whole.plain.forward_peak + between
+    assert broken.plain.backward_peak > broken.plain.parameters + broken.plain.saved
 
 
 def test_a_compiled_model_is_left_as_it_is() -> None:
@@ -205,11 +210,13 @@ def test_a_compiled_model_is_left_as_it_is() -> None:
     memrewrite.compile(model, velora=VeLoRA(8, sites="all"), backend="aot_eager")
     x = torch.randn(6, 32)
     model(x).sum().backward()
-    before = memrewrite.state_dict(model)
-    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    before, grads = memrewrite.state_dict(model), gradients(model)
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    random = torch.get_rng_state()
     memrewrite.estimate(model, x)
-    assert all(torch.equal(memrewrite.state_dict(model)[k], v) for k, v in before.items())
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))  # type: ignore[arg-type]
+    assert_same(memrewrite.state_dict(model), before)
+    assert_same(gradients(model), grads)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_bad_input() -> None:
@@ -270,6 +277,7 @@ def test_small_gradients_and_their_moments_are_counted_as_they_are() -> None:
     assert found.rewritten.step_peak < found.plain.step_peak
 
 
+@pytest.mark.slow
 def test_a_checkpointed_model_is_estimated_in_numbers() -> None:
     """What is recomputed keeps the state of random numbers, whose size is a symbol of its own."""
     config = hf.LlamaConfig(

@@ -344,7 +344,14 @@ def test_configuration_makes_equal_passes() -> None:
     one, other = Projection(5, True, 0.5), Projection(5, False, 0.5)
     assert project_updates({0: one}) == project_updates({0: one})
     assert project_updates({0: one}) != project_updates({0: other})
-    assert copy_graph(capture(KIND).graph) is not None
+
+
+def test_a_copied_graph_is_the_same_one_with_nodes_of_its_own() -> None:
+    gm, _ = captured()
+    copied = copy_graph(gm.graph)
+    assert str(copied) == str(gm.graph) and not {*copied.nodes} & {*gm.graph.nodes}
+    for old, new in zip(gm.graph.nodes, copied.nodes, strict=True):
+        assert (old.name, old.meta) == (new.name, new.meta) and old.meta is not new.meta
 
 
 def writes(kind: Kind) -> list[str]:

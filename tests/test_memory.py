@@ -68,6 +68,7 @@ def test_a_residual_stack_keeps_its_sums_behind_a_dropout_too(p: float) -> None:
     assert wide == ["argument", "add", "add", "add"]  # x, and no linear's output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velora", [False, VeLoRA(8, sites="all")])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])
@@ -79,12 +80,14 @@ def test_rows_sum_to_what_the_hooks_count(name: str, dynamic: bool, velora: Any)
     assert sum(row.bytes for row in rows) == hooked(whole)
     inside = [row for row in rows if row.kind in ("exact", "compressed")]
     assert all(row.operation for row in inside), [row for row in inside if not row.operation]
-    assert any(row.kind == "compressed" for row in rows) == bool(velora) or name in ("bert",)
+    kept_small = bool(velora) and name != "bert"  # bert's are all rebuilt in backward
+    assert any(row.kind == "compressed" for row in rows) is kept_small
     named = sum(row.bytes for row in inside if row.module or row.operation == "argument")
     assert named >= 0.9 * sum(row.bytes for row in inside)
     assert f"{rows.bytes:,} bytes of activations" in str(rows)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 12), min_size=2, max_size=5),
     st.sampled_from([nn.Tanh, nn.ReLU, nn.GELU, nn.Identity]),
@@ -117,7 +120,8 @@ def test_a_row_says_what_where_why_and_whether_it_was_compressed() -> None:
     assert any("blocks.0" in reader for reader in gate.used_by)
     kinds = {row.name: row.kind for row in rows}
     assert kinds["blocks.0.down_proj.weight"] == "parameter"
-    assert "input" in kinds.values() or "vector" in kinds.values()
+    assert set(kinds.values()) == {"parameter", "input", "vector", "exact"}
+    assert [row.shape for row in rows if row.kind == "vector"] == [(8,)]
 
 
 def test_nothing_is_left_behind() -> None:
@@ -126,6 +130,7 @@ def test_nothing_is_left_behind() -> None:
     before = copy.deepcopy(model.state_dict())
     x, random = torch.randn(5, 8), torch.get_rng_state()
     rows = memrewrite.saved_tensors(model, x)
+    assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert sum(row.bytes for row in rows) == hooked(lambda: model(x))

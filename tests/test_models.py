@@ -39,6 +39,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     return x * (torch.rand(x.shape, dtype=x.dtype) >= p) / (1 - p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_follow_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "dropout", dropout)
@@ -56,22 +57,27 @@ def test_gradients_follow_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch)
     assert str(report).count("\n") > len(report.sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_two_steps_with_the_default_options(name: str) -> None:
     model, run = MODELS[name]()
     model.train()
     memrewrite.compile(model, velora=VeLoRA(subtoken_size=8), backend="aot_eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # small: any draw must descend
     losses = []
     for _ in range(2):
+        torch.manual_seed(1)  # the same dropout
         loss = run(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[1] < losses[0] or name == "bert"  # dropout is on there
+    assert losses[1] < losses[0]
     sites: list[dict[str, Any]] = memrewrite.report(model).to_dict()["sites"]
     compressed = [row["name"] for row in sites if row["decision"] == "compressed"]
-    assert compressed and all(n.endswith(AUTO[name]) for n in compressed)
+    assert {suffix for n in compressed for suffix in AUTO[name] if n.endswith(suffix)} == {
+        *AUTO[name]
+    }
+    assert all(n.endswith(AUTO[name]) for n in compressed)
     reasons = {row["reason"].split(";")[0] for row in sites if row["decision"] == "exact"}
     assert any(r.startswith("not selected by sites='auto'") for r in reasons)

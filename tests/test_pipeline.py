@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,20 @@ def test_steps_say_what_changed() -> None:
 
     (step,) = run(graph(), [Pass("relu_twice", relu_twice, exact=False)])
     assert (step.name, step.exact, step.inserted, step.removed) == ("relu_twice", False, 1, 0)
-    assert step.to_json()["seconds"] >= 0
+
+
+def test_a_step_takes_as_long_as_its_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def waits(seconds: float) -> Pass:
+        def rewrite(gm: GraphModule) -> None:
+            now[0] += seconds
+
+        return Pass(f"waits_{seconds}", rewrite, exact=True)
+
+    steps = run(graph(), [waits(2.5), waits(0.5)])
+    assert [step.to_json()["seconds"] for step in steps] == [2.5, 0.5]
 
 
 def broken(kind: str) -> Pass:
@@ -36,20 +51,31 @@ def broken(kind: str) -> Pass:
         (y, *rest) = output.args[0]
         with gm.graph.inserting_before(output):
             new = gm.graph.call_function(torch.ops.aten.t.default, (y,))
+            again = gm.graph.call_function(torch.ops.aten.t.default, (new,))
         if kind != "no value":
             new.meta["val"] = y.meta["val"].t()
-        output.args = ((new, *rest),)
+        again.meta["val"] = y.meta["val"]
+        output.args = ((new if kind == "shape" else again, *rest),)
         if kind == "raises":
             raise RuntimeError("half-way")
 
     return Pass("broken", rewrite, exact=True)
 
 
-@pytest.mark.parametrize("kind", ["raises", "shape", "no value"])
-def test_a_failing_pass_leaves_the_graph_as_it_was(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("raises", RuntimeError, "half-way"),
+        ("shape", AssertionError, "pass broken changed the shape or dtype of an output"),
+        ("no value", AssertionError, "pass broken left t_.* without a value"),
+    ],
+)
+def test_a_failing_pass_leaves_the_graph_as_it_was(
+    kind: str, error: type[Exception], words: str
+) -> None:
     gm = graph()
     before = show(gm)
-    with pytest.raises((RuntimeError, AssertionError)):
+    with pytest.raises(error, match=words):
         run(gm, [broken(kind)])
     assert show(gm) == before
     gm.graph.lint()
