@@ -48,7 +48,6 @@ from passes.absent import write_in_place
 from passes.base import copy_graph
 
 EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
-
 # Whether a parameter that was frozen or thawed since makes Dynamo compile again: in torch 2.11
 # a guard on it is skipped as long as its module's dictionary is the same.
 GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
@@ -209,9 +208,6 @@ def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
     write_in_place(gm.graph)
     gm.recompile()
     return nop(gm, inputs)
-
-
-# --- one captured graph ----------------------------------------------------------------
 
 
 def capture(
