@@ -80,8 +80,7 @@ def test_rows_sum_to_what_the_hooks_count(name: str, dynamic: bool, velora: Any)
     assert sum(row.bytes for row in rows) == hooked(whole)
     inside = [row for row in rows if row.kind in ("exact", "compressed")]
     assert all(row.operation for row in inside), [row for row in inside if not row.operation]
-    kept_small = bool(velora) and name != "bert"  # bert's are all rebuilt in backward
-    assert any(row.kind == "compressed" for row in rows) is kept_small
+    assert any(row.kind == "compressed" for row in rows) is bool(velora)
     named = sum(row.bytes for row in inside if row.module or row.operation == "argument")
     assert named >= 0.9 * sum(row.bytes for row in inside)
     assert f"{rows.bytes:,} bytes of activations" in str(rows)
