@@ -30,15 +30,17 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 8)
-        self.error: Exception | None = None
+        self.error = ""
         self.broken = False
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).tanh()
         if self.broken:
             torch._dynamo.graph_break()
-        if self.error is not None:
-            raise self.error
+        if self.error == "value":
+            raise ValueError("bad batch")
+        if self.error == "memory":
+            raise torch.OutOfMemoryError("full")
         return self.b(y)
 
 
@@ -71,19 +73,17 @@ def counted(model: nn.Module) -> tuple[int, int]:
 
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("before", [0, 1])
-@pytest.mark.parametrize("error", [ValueError("bad batch"), torch.OutOfMemoryError("full")])
-def test_the_call_after_an_exception_is_compiled(
-    error: Exception, before: int, broken: bool
-) -> None:
+@pytest.mark.parametrize("error", ["value", "memory"])
+def test_the_call_after_an_exception_is_compiled(error: str, before: int, broken: bool) -> None:
     model = compiled()
     model.broken = broken
     with silent():
         for _ in range(before):
             assert is_compressed(model)
         model.error = error
-        with pytest.raises(type(error)):
+        with pytest.raises(ValueError if error == "value" else torch.OutOfMemoryError):
             model(torch.randn(4, 16))
-        model.error = None
+        model.error = ""
         assert is_compressed(model)
     assert counted(model) == (0, before + 1)
 
@@ -92,10 +92,10 @@ def test_what_was_compiled_before_an_exception_is_not_compiled_again() -> None:
     model = compiled()
     assert is_compressed(model)
     graphs = graphs_compiled()
-    model.error = ValueError("bad batch")
+    model.error = "value"
     with pytest.raises(ValueError, match="bad batch"):
         model(torch.randn(4, 16))
-    model.error = None
+    model.error = ""
     assert is_compressed(model) and graphs_compiled() == graphs
 
 
@@ -120,10 +120,10 @@ def test_a_smaller_batch_after_running_out_of_memory() -> None:
 def test_a_forward_that_raises_all_the_time_is_not_traced_for_ever() -> None:
     model = compiled()
     for _ in range(LOOKS + 1):
-        model.error = ValueError("stop here")
+        model.error = "value"
         with pytest.raises(ValueError, match="stop"):
             model(torch.randn(4, 16))
-    model.error = None
+    model.error = ""
     with pytest.warns(MemrewriteWarning, match=rf"{LOOKS + 1} exceptions .*_dynamo.reset"):
         assert not is_compressed(model)
     torch._dynamo.reset()
