@@ -13,8 +13,14 @@ from torch.optim import Adam, Optimizer
 from memrewrite.attachment import Attachment, members, name_of
 from memrewrite.basis import Vector
 from memrewrite.errors import UnsupportedError
-from memrewrite.projection import SHARDED, Selection, sites_of, weights_of
+from memrewrite.projection import (
+    SHARDED,
+    Selection,
+    sites_of,
+    weights_of,
+)
 from memrewrite.selection import small_gradient
+from memrewrite.sharded import can_be_gathered, is_sharded
 from memrewrite.sites import candidates, why_not
 from memrewrite.small_gradients import warn_of_sums
 from memrewrite.state import Session, live_sessions
@@ -86,12 +92,12 @@ def _serves(sessions: list[Session], found: list[nn.Parameter]) -> bool:
 def _check_whole(session: Session, members: list[nn.Parameter]) -> None:
     """Raise UnsupportedError where weights were sharded after GaLore was asked for."""
     model = session.model()
-    if model is None or not any(hasattr(p, "placements") for p in members):
+    if model is None or not any(map(is_sharded, members)):
         return
     ours = {id(p) for p in members}
     for candidate in weights_of(model):
-        if candidate.name in session.whole and hasattr(candidate.parameter, "placements"):
-            if id(candidate.parameter) in ours:
+        if candidate.name in session.whole and is_sharded(candidate.parameter):
+            if id(candidate.parameter) in ours and not can_be_gathered(candidate.parameter):
                 raise UnsupportedError(
                     f"GaLore is to project {candidate.name} {candidate.shape}, which is {SHARDED} "
                     "since: a projector needs the whole matrix. Compile without galore_rank, leave "

@@ -33,6 +33,7 @@ from memrewrite.full_gradients import give_full_gradients, uncompiled
 from memrewrite.projected import ProjectedGrad
 from memrewrite.pushed import announce, given, is_small, receive
 from memrewrite.resume import go_on_from, store_vectors
+from memrewrite.sharded import gathered, keep_shard
 from memrewrite.skipping import is_tracing
 from memrewrite.small_gradients import (
     spread_orphans,
@@ -215,14 +216,16 @@ def _update_one(
         small: Any = grad
         r, failure = receive(target, kind, state, small, group, attachment)
     if r is None:
-        grad = grad.to_dense() if isinstance(grad, ProjectedGrad) else grad.detach()
+        grad = grad.to_dense() if isinstance(grad, ProjectedGrad) else gathered(grad.detach())
         failure = refresh_if_due(target, kind, state, grad, group)
     update = update_of(kind if r is None else given(kind), target.session, build)
-    tensors = [target.parameter.detach(), grad if r is None else r.contiguous()]
+    weight = gathered(target.parameter.detach())
+    tensors = [weight, grad if r is None else r.contiguous()]
     tensors += [state["exp_avg"], state["exp_avg_sq"]]
     tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
     numbers = numbers_of(update, state["step"], group, shared)
     update.apply([*tensors, state["projector"]], numbers)
+    keep_shard(target.parameter, weight)
     if target.pushed:
         announce(target, kind, state)
     return failure

@@ -32,6 +32,7 @@ from memrewrite.averaging import Averager
 from memrewrite.basis import Basis
 from memrewrite.errors import UnsupportedError
 from memrewrite.selection import small_weights
+from memrewrite.sharded import is_sharded as is_dtensor
 
 if TYPE_CHECKING:
     from memrewrite.state import Session
@@ -66,7 +67,7 @@ def is_sharded(model: nn.Module) -> bool:
     kind = getattr(fsdp, "FSDPModule", ())
     if any(isinstance(module, kind) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "placements") for parameter in model.parameters())
+    return any(map(is_dtensor, model.parameters()))
 
 
 def obstacle(ddp: Any) -> str | None:

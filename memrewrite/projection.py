@@ -19,13 +19,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memrewrite.options import GaLore
+from memrewrite.sharded import can_be_gathered, is_sharded
 from memrewrite.sites import Candidate, choose
 
 LAST = ("lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "head")
 HEADS = (*LAST, *(f"*.{n}" for n in LAST), "*.predictions.decoder", "*.seq_relationship")
 TOP_LEVEL_HEADS = ("fc", "output")
-SHARDED = "sharded over ranks (a DTensor, as fully_shard makes them)"
+SHARDED = "sharded over ranks in a way that only its own parallelism knows"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -151,9 +153,9 @@ def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> s
     parameter = candidate.parameter
     if not parameter.dtype.is_floating_point:
         return f"not projected: its dtype is {parameter.dtype}"
-    if hasattr(parameter, "placements"):
+    if is_sharded(parameter) and not can_be_gathered(parameter):
         return f"not projected: {SHARDED}, and a projector needs the whole matrix"
-    if type(parameter) not in (nn.Parameter, torch.Tensor, FakeTensor):
+    if not is_sharded(parameter) and type(parameter) not in PLAIN:
         return f"not projected: a {type(parameter).__name__}, no plain tensor"
     if candidate.kind == "stack":
         return "not projected: a stack of matrices, neither a matrix nor a convolution"

@@ -12,6 +12,7 @@ from memrewrite import projector, sketch
 from memrewrite.errors import UnsupportedError
 from memrewrite.options import GaLore
 from memrewrite.projection import Site
+from memrewrite.sharded import is_sharded
 from memrewrite.state import Session
 from memrewrite.update import Kind
 
@@ -44,7 +45,8 @@ class Target:
     @property
     def pushed(self) -> bool:
         """Whether backward is asked for this gradient in coordinates."""
-        return self.galore.gradients == "coordinates" and self.parameter.ndim == 2
+        asked = self.galore.gradients == "coordinates" and self.parameter.ndim == 2
+        return asked and not is_sharded(self.parameter)
 
     def is_due(self, done: int) -> bool:
         """Whether the step behind `done` others refreshes the projector."""

@@ -330,6 +330,8 @@ def _table() -> None:
     for name, order in {**sharded, "whole, shard": "ws"}.items():
         SCENARIOS[f"fsdp {name}"] = _sharded(order)
     SCENARIOS["fsdp exact"] = _sharded("sb", "exact")
+    for name, order in {"shard, blocks": "sb", "blocks, shard": "bs"}.items():
+        SCENARIOS[f"galore {name}"] = _sharded(order, "galore")
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -548,27 +550,6 @@ def _shard_and_compile(model: Any, order: str, mode: str) -> Any:
         else:
             compiled(part, mode)
     return part
-
-
-@scenario
-def galore_then_shard(rank: int) -> dict[str, Any]:
-    model: Any = made(Shards)
-    compiled(model, "galore")
-    before = [p.detach().clone() for p in model.parameters()]
-    fully_shard(model.blocks[0])
-    fully_shard(model)
-    result = _error_of(lambda: Loop(steps=1)(model, rank))
-    moved = any(not torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
-    return result | {"moved": moved}
-
-
-@scenario
-def shard_then_galore(rank: int) -> dict[str, Any]:
-    model: Any = made(Shards)
-    fully_shard(model.blocks[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _error_of(lambda: compiled(model.blocks[0], "galore"))
 
 
 def _error_of(run: Callable[[], object], context: Any = None) -> dict[str, Any]:

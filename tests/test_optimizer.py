@@ -647,6 +647,17 @@ def test_sparse_gradients_are_refused_before_anything_moves() -> None:
     assert not any(optimizer.state.values())
 
 
+def test_a_weight_that_cannot_be_gathered_is_refused_by_name() -> None:
+    model = net(GaLore(rank=3))
+    optimizer = AdamW(model.parameters())
+    gradients(model, 0)
+    before = weights(model)
+    model.mix.weight.placements = [object()]  # type: ignore[attr-defined] # of some parallelism
+    with pytest.raises(UnsupportedError, match=r"mix \(16, 16\), which is sharded over ranks"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 def test_a_replaced_parameter_is_refused_by_name() -> None:
     model = net()
     optimizer = AdamW(model.parameters())
