@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,22 +123,27 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
-def over_ranks(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over all ranks, in one call a device: other v there would average unlike gradients."""
-    if not rows or not distributed():
+def over_ranks(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Sums over a group, in one call a device: other v there would average unlike gradients."""
+    if not rows or ranks(group) == 1:
         return list(rows)
     summed: list[Tensor] = list(rows)
     for device in dict.fromkeys(row.device for row in rows):
         places = [i for i, row in enumerate(rows) if row.device == device]
         flat = torch.cat([rows[i] for i in places])
-        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat, group=group)
         parts = torch.split(flat, [len(rows[i]) for i in places])
         for i, part in zip(places, parts, strict=True):
             summed[i] = part
     return summed
 
 
+def ranks(group: Any) -> int:
+    """That train one model together; group: None for a process alone."""
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
 def distributed() -> bool:
-    """Whether other ranks run the same program."""
+    """Whether other ranks may run the same program."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -38,12 +38,8 @@ if TYPE_CHECKING:
     from memrewrite.state import Session
 
 PARTS = (
-    "_active_ddp_module",
-    "_build_params_for_reducer",
-    "_build_debug_param_to_name_mapping",
-    "_ddp_init_helper",
-    "_post_forward",
-    "_remove_autograd_hooks",
+    *("_active_ddp_module", "_build_params_for_reducer", "_build_debug_param_to_name_mapping"),
+    *("_ddp_init_helper", "_post_forward", "_remove_autograd_hooks"),
 )
 AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 KNOWN = all(hasattr(DDP, part) for part in PARTS)
@@ -205,6 +201,19 @@ def adopt(session: Session) -> None:
     replica = _replicas.get(ddp)
     if session.full is None and (replica is None or session not in replica.sessions):
         _adopt(ddp, session)
+
+
+def group_of(session: Session) -> Any:
+    """The process group whose ranks train this session's model together; None for one alone."""
+    dist, model, ddp = torch.distributed, session.model(), active()
+    if model is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    if ddp is None:  # a reentrant checkpoint runs in backward, after the forward of its DDP
+        first = next(model.parameters(), None)
+        ddp = next((d for d in _replicas if any(p is first for p in d.module.parameters())), None)
+    if ddp is None:
+        return dist.group.WORLD if is_sharded(model) else None
+    return None if ddp._join_config.enable else ddp.process_group
 
 
 def rehearsed() -> bool:

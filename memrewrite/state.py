@@ -28,9 +28,9 @@ from memrewrite.basis import Projector
 from memrewrite.calibrate import Found
 from memrewrite.captured import Graph
 from memrewrite.errors import warn
-from memrewrite.means import Means, distributed, over_ranks
+from memrewrite.means import Means, over_ranks, ranks
 from memrewrite.options import GaLore, VeLoRA
-from memrewrite.parallel import inner
+from memrewrite.parallel import group_of, inner
 from memrewrite.plan import PassesFor, ProjectedWeight, Weight
 from memrewrite.projection import Site
 from memrewrite.sites import Candidate, candidates, select
@@ -263,8 +263,9 @@ class Session:
 
     def first_means(self, missing: Sequence[tuple[Weight, tuple[str, ...]]], found: Found) -> None:
         """v of the inputs that a batch can calibrate; a provisional one for the others."""
-        rows = over_ranks([found.row(w.position, w.device) for w, _ in missing])
-        world = torch.distributed.get_world_size() if distributed() else 1
+        group = group_of(self)
+        rows = over_ranks([found.row(w.position, w.device) for w, _ in missing], group)
+        world = ranks(group)
         for (weight, names), row in zip(missing, rows, strict=True):
             total, (absolute, seen) = row[:-2], row[-2:].tolist()
             final = self.means.judge(names[0], float(total.norm()), absolute, seen == world)
@@ -283,7 +284,7 @@ class Session:
 
     def update_means(self, inputs: Sequence[tuple[Weight, tuple[str, ...], Tensor]]) -> None:
         """Add one batch to running means; an old v stays with the forwards that read it."""
-        rows = over_ranks([total.to(torch.float64) for _, _, total in inputs])
+        rows = over_ranks([total.to(torch.float64) for _, _, total in inputs], group_of(self))
         skipped = []
         for (weight, names, _), total in zip(inputs, rows, strict=True):
             known = next((self.sums[name] for name in names if name in self.sums), None)
