@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,13 @@ def test_a_model_without_a_loss_says_so(tmp_path: Path) -> None:
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
     flags = ("--repeats", "1", "--rounds", "1", "--together", "1")
     ways = "eager,planted:plain"
-    running = subprocess.Popen(
-        command(tmp_path, ways, *flags), env=environment(), stdout=subprocess.PIPE, text=True
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background
+    running = subprocess.Popen(  # of a shell inherits that Ctrl-C is ignored
+        command(tmp_path, ways, *flags),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeded,
     )
     path = tmp_path / "bench.json"
     deadline = time.monotonic() + 300
