@@ -5,7 +5,7 @@ met under a dispatch mode or a transform of torch.func, is marked by Dynamo to b
 for ever, though the next call could be compiled. Taking the mark off keeps what was
 compiled before; `torch._dynamo.reset()` would throw that of the whole process away.
 
-Every private torch API here was read and run on torch 2.13.
+Every private torch API here was run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
