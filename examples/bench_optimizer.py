@@ -41,8 +41,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memrewrite
-from memrewrite import GaLore, projector
-from memrewrite.bench.text import batches, stdlib_ids
+from memrewrite import GaLore
+from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.gradients import range_finder
 
 MB = 1e6
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
@@ -170,9 +171,9 @@ def refreshes(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]
             basis = theirs.get_orthogonal_matrix(g, args.rank, type="left" if left else "right")
             times["svd"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            new = projector.refresh(g, None, args.rank, left, "randomized", repeat)
+            new = range_finder.refresh(g, None, args.rank, left, "randomized", repeat)
             times["randomized"].append(time.perf_counter() - start)
-        assert isinstance(new, projector.Refreshed)
+        assert isinstance(new, range_finder.Refreshed)
         held = basis.t() @ g if left else g @ basis.t()
         row["svd_energy"] = float(held.square().sum() / g.square().sum())
         row["randomized_energy"] = new.energy

@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import memrewrite
-from memrewrite.bench import meters, optimizers
+from memrewrite.bench.run import meters, optimizers
 
 BATCHES = (2, 4, 8)
 WAYS = ("torch.compile", "memrewrite velora all")

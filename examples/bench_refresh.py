@@ -28,9 +28,10 @@ import torch
 from tabulate import tabulate
 
 import memrewrite
-from memrewrite import GaLore, shapes
-from memrewrite.bench import meters
-from memrewrite.bench.subject import Request
+from memrewrite import GaLore
+from memrewrite.bench.run import meters
+from memrewrite.bench.run.subject import Request
+from memrewrite.predict import models
 
 WAYS = ("between", "sketched", "staggered", "full")
 EVERY = 6  # steps: 0, 2, 4, 6 refresh; 5 does not
@@ -38,7 +39,7 @@ EVERY = 6  # steps: 0, 2, 4, 6 refresh; 5 does not
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama-60m", choices=shapes.LLAMA)
+    parser.add_argument("--model", default="llama-60m", choices=models.LLAMA)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8)

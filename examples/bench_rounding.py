@@ -25,8 +25,8 @@ from tabulate import tabulate
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.bench.subject import Request
-from memrewrite.bench.text import batches, stdlib_ids
+from memrewrite.bench.run.subject import Request
+from memrewrite.bench.run.text import batches, stdlib_ids
 
 WARM_UP = 0.2  # of the steps
 

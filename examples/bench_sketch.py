@@ -28,10 +28,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 import memrewrite
-from memrewrite import GaLore, projector
-from memrewrite.basis import Sketch
-from memrewrite.bench.subject import Request
-from memrewrite.bench.text import batches, stdlib_ids
+from memrewrite import GaLore
+from memrewrite.bench.run.subject import Request
+from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.gradients import range_finder
+from memrewrite.gradients.basis import Sketch
 
 WARM_UP = 80  # steps
 KEYS = ("best", "randomized", "sketched", "one", "half", "seen", "told")
@@ -64,7 +65,9 @@ def rows(model: Any, optimizer: Any, computed: Sequence[Any], seen: dict[str, fl
         rank, left = p.shape[1], g.shape[0] < g.shape[1]
         squares = torch.linalg.svdvals(g).square()
         best = float(squares[:rank].sum() / squares.sum())
-        made: Any = [projector.refresh(x, None, rank, left, "randomized", 0) for x in (g, *parts)]
+        made: Any = [
+            range_finder.refresh(x, None, rank, left, "randomized", 0) for x in (g, *parts)
+        ]
         found, others = energy(g, p), [energy(g, one.projector) / best for one in made]
         shares = (best, others[0], found / best, *others[1:], part)
         yield dict(zip(KEYS, (*shares, told[name.removesuffix(".weight")] / found), strict=True))

@@ -10,16 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memrewrite import autodump, optimizer, strays
-from memrewrite.backend import Engine
+from memrewrite.compiler.backend import Engine
+from memrewrite.compiler.partition import hint
 from memrewrite.errors import UnsupportedError, warn
-from memrewrite.options import GaLore, VeLoRA, galore_options, velora_options
-from memrewrite.parallel import foresee, inner
-from memrewrite.partition import hint
-from memrewrite.plan import Plan
-from memrewrite.projection import SHARDED, sites_of
-from memrewrite.sites import candidates, select, why_not
-from memrewrite.state import (
+from memrewrite.inspect import autodump, strays
+from memrewrite.optim import hook
+from memrewrite.parallel.data_parallel import foresee, inner
+from memrewrite.record.request import Plan
+from memrewrite.session.calls import watched
+from memrewrite.session.session import (
     Session,
     _sessions,
     known_session,
@@ -27,14 +26,16 @@ from memrewrite.state import (
     parts_of,
     session_of,
 )
-from memrewrite.watch import watched
-from passes.absent import skip_absent_gradients
+from memrewrite.sites.candidates import candidates, select, why_not
+from memrewrite.sites.eligible import SHARDED, sites_of
+from memrewrite.sites.options import GaLore, VeLoRA, galore_options, velora_options
 from passes.base import Pass
-from passes.fold import fold_reconstruction
+from passes.joint.absent import skip_absent_gradients
+from passes.joint.fold import fold_reconstruction
+from passes.joint.port import return_coordinates
+from passes.joint.push import push_projections, return_projections
+from passes.joint.velora import compress_saved_inputs
 from passes.lower import lower_ir_ops
-from passes.port import return_coordinates
-from passes.push import push_projections, return_projections
-from passes.velora import compress_saved_inputs
 
 M = TypeVar("M", bound=nn.Module | Optimizer)
 N = TypeVar("N", bound=nn.Module)
@@ -84,7 +85,7 @@ def compile(
     version cannot do. The model is left as it was.
     """
     if isinstance(model, Optimizer):
-        optimizer.attach(model)
+        hook.attach(model)
         return model
     if inner(model) is not model:
         more = torch_compile_kwargs
@@ -116,7 +117,7 @@ def compile(
     _sessions[model] = session
     strays.follow(session, model)
     autodump.follow(session)
-    optimizer.install()
+    hook.install()
     return model
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import memrewrite
-from memrewrite import autodump, shapes
-from memrewrite.dump import dump_session
 from memrewrite.errors import UnsupportedError
-from memrewrite.estimate import Estimate, by_depth, estimate
-from memrewrite.report import report_of
-from memrewrite.trace import trace
+from memrewrite.inspect import autodump
+from memrewrite.inspect.dump import dump_session
+from memrewrite.inspect.report import report_of
+from memrewrite.predict import models
+from memrewrite.predict.estimate import Estimate, by_depth, estimate
+from memrewrite.predict.trace import trace
 
 DEPTHS = (8, 12, 16)
 DEEP = 24  # a stack that is deeper is estimated from lower ones
@@ -79,18 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     guess = commands.add_parser(
         "estimate", help="what training a model will take, without running it"
     )
-    shapes.add_arguments(guess)
+    models.add_arguments(guess)
     guess.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd or none")
     guess.add_argument("--dynamic", action="store_true", help="formulas in B and S")
     guess.add_argument("--fit", metavar="MEMORY", help="the largest batch, as in --fit 24GiB")
     guess.add_argument("--whole", action="store_true", help="never estimate a deep stack by lower")
     guess.add_argument("--json", action="store_true", help="print data instead of a table")
     told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
-    shapes.add_arguments(told)
+    models.add_arguments(told)
     dump = commands.add_parser(
         "dump", help="run a script and dump its compiled models, or dump a model without running"
     )
-    shapes.add_arguments(dump, script=True)
+    models.add_arguments(dump, script=True)
     dump.add_argument("--out", default="memrewrite_dump", help="directory (%(default)s)")
     return parser
 
@@ -98,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _sites(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from memrewrite.sites import candidates, select
+    from memrewrite.sites.candidates import candidates, select
 
-    found = candidates(shapes.from_config(arguments.config))
+    found = candidates(models.from_config(arguments.config))
     chosen = arguments.select
     selected = select(found, chosen if chosen in ("auto", "all") else [chosen])
     rows = [
@@ -113,7 +114,7 @@ def _sites(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    budget = shapes.parse_bytes(arguments.fit) if arguments.fit else None
+    budget = models.parse_bytes(arguments.fit) if arguments.fit else None
     dynamic = arguments.dynamic or budget is not None
     found = (None if dynamic else _by_depth(arguments)) or _whole(arguments, dynamic)
     if budget is not None:
@@ -134,14 +135,14 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 
 def _whole(arguments: argparse.Namespace, dynamic: bool) -> Estimate:
-    model, given, named = shapes.load(arguments)
-    optimizer = shapes.optimizer(arguments.optimizer)
+    model, given, named = models.load(arguments)
+    optimizer = models.optimizer(arguments.optimizer)
     return estimate(model, *given, optimizer=optimizer, dynamic=dynamic, **named)
 
 
 def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
     """Of a deep stack of like layers, from three lower stacks; None where that is no shortcut."""
-    depth = shapes.depth(arguments)
+    depth = models.depth(arguments)
     if depth is None or depth <= DEEP or arguments.whole:
         return None
     changed = argparse.Namespace(**vars(arguments))
@@ -152,7 +153,7 @@ def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    model, given, named = shapes.load(arguments)
+    model, given, named = models.load(arguments)
     session, _ = trace(model, given, named, dynamic=False)
     print(report_of(session, model))
     return 0
@@ -161,7 +162,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _dump(arguments: argparse.Namespace) -> int:
     if arguments.model.endswith(".py"):
         return _dump_script(arguments)
-    model, given, named = shapes.load(arguments)
+    model, given, named = models.load(arguments)
     session, _ = trace(model, given, named, dynamic=False)
     print(dump_session(session, model, Path(arguments.out)) / "index.html")
     return 0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.sites import candidates
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
+from memrewrite.sites.candidates import candidates
 
 Run = Callable[[nn.Module], Tensor]  # model -> loss
 

@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
-from memrewrite.parallel import replica_of
-from memrewrite.state import session_of
+from memrewrite.parallel.data_parallel import replica_of
+from memrewrite.session.session import session_of
 
 EVERY = 7
 MODES: dict[str, dict[str, Any]] = {

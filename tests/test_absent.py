@@ -21,20 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import memrewrite
-from memrewrite.absence import told_of_absence
-from memrewrite.backend import Engine
-from memrewrite.partition import hint
-from memrewrite.pipeline import run
-from memrewrite.state import session_of
-from passes.absent import (
+from memrewrite.compiler.absence import told_of_absence
+from memrewrite.compiler.backend import Engine
+from memrewrite.compiler.partition import hint
+from memrewrite.compiler.pipeline import run
+from memrewrite.session.session import session_of
+from passes.base import aten
+from passes.joint.absent import (
     LEAST,
     absent_gradients,
     absent_like,
     skip_absent_gradients,
     write_in_place,
 )
-from passes.base import aten
-from passes.live import timeline
+from passes.split.live import timeline
 
 ROWS, CLASSES = 64, 4096  # the smallest logits, in float32, that are worth it
 Fn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

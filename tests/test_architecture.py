@@ -38,7 +38,7 @@ def test_the_passes_import_only_torch_and_themselves() -> None:
 def test_pass_files_do_not_know_the_order() -> None:
     order = {"velora", "fold", "lower"}
     for path in sources("passes"):
-        known = {name.split(".")[1] for name in imports(path) if name.startswith("passes.")}
+        known = {name.split(".")[-2] for name in imports(path) if name.startswith("passes.")}
         assert not known & order, path
 
 

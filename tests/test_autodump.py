@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import memrewrite
-from memrewrite import VeLoRA, autodump
+from memrewrite import VeLoRA
 from memrewrite.cli import main
-from memrewrite.state import session_of
+from memrewrite.inspect import autodump
+from memrewrite.session.session import session_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from memrewrite import backend
-from memrewrite.backend import GUARDS_TRAINED, JointPasses
-from memrewrite.plan import Plan, make_plan
+from memrewrite.compiler import backend
+from memrewrite.compiler.backend import GUARDS_TRAINED, JointPasses
+from memrewrite.record.request import Plan, make_plan
 
 ran: list[str] = []
 

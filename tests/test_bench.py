@@ -17,18 +17,19 @@ import torch
 from torch import nn
 
 import memrewrite
-from memrewrite.bench import meters, optimizers, pairs, pareto, quality
 from memrewrite.bench.configurations import SETS, chosen, parse
-from memrewrite.bench.cost import Cost, Settings
 from memrewrite.bench.document import Document
-from memrewrite.bench.page import write_page
-from memrewrite.bench.process import Failed
-from memrewrite.bench.subject import Request, prepare, weights_of
-from memrewrite.bench.summary import problems, summarise
-from memrewrite.bench.table import loss_table, table
-from memrewrite.bench.worker import compare, draws
+from memrewrite.bench.run import meters, optimizers, training
+from memrewrite.bench.run.cost import Cost, Settings
+from memrewrite.bench.run.process import Failed
+from memrewrite.bench.run.subject import Request, prepare, weights_of
+from memrewrite.bench.run.worker import compare, draws
+from memrewrite.bench.show import pairs, pareto
+from memrewrite.bench.show.page import write_page
+from memrewrite.bench.show.summary import problems, summarise, summarise_training
+from memrewrite.bench.show.table import loss_table, table
 from memrewrite.cli import main
-from memrewrite.shapes import from_config
+from memrewrite.predict.models import from_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -212,7 +213,7 @@ def test_the_table(rows: list[dict[str, Any]]) -> None:
     assert '<a id="at-x-budget-0-5"></a>budget-0.5' in table(rows, "github", "at-x")
 
 
-def training(name: str, losses: dict[tuple[float, int], float | None]) -> dict[str, Any]:
+def trained(name: str, losses: dict[tuple[float, int], float | None]) -> dict[str, Any]:
     configuration = parse(name)
     runs = [
         {"lr": lr, "seed": seed, "loss": loss, "step_s": 0.5, "error": None}
@@ -222,42 +223,42 @@ def training(name: str, losses: dict[tuple[float, int], float | None]) -> dict[s
 
 
 def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
-    base = training("torch.compile", {(1e-3, 0): 4.0, (2e-3, 0): 4.2, (1e-3, 1): 5.0})
-    ours = training("velora-all-16", {(1e-3, 0): 4.5, (2e-3, 0): 4.1, (2e-3, 1): 5.3})
-    frozen = training("frozen-all", {(1e-3, 0): None, (2e-3, 0): 4.4, (2e-3, 1): 5.4})
+    base = trained("torch.compile", {(1e-3, 0): 4.0, (2e-3, 0): 4.2, (1e-3, 1): 5.0})
+    ours = trained("velora-all-16", {(1e-3, 0): 4.5, (2e-3, 0): 4.1, (2e-3, 1): 5.3})
+    frozen = trained("frozen-all", {(1e-3, 0): None, (2e-3, 0): 4.4, (2e-3, 1): 5.4})
     rows = [base, ours, frozen]
-    quality.summarise({"rows": rows, "request": {"batch": 2, "seq": 8}})
+    summarise_training({"rows": rows, "request": {"batch": 2, "seq": 8}})
     found = ours["summary"]
     assert (found["lr"], found["seeds"], found["tokens_per_s"]) == (2e-3, 2, 32)
     assert found["loss"] == pytest.approx(4.7) and found["delta"] == pytest.approx(0.2)
     assert found["delta_spread"] == pytest.approx([0.1, 0.3])
     line = loss_table(rows).splitlines()[3]
     assert "50%" in line and "0.002 (edge)" in line  # frozen costs 0.4: half of it is kept
-    rows.append(training("slowed-all-0.25", {(1e-3, 0): 3.9, (2e-3, 0): 4.2, (1e-3, 1): 4.9}))
-    quality.summarise({"rows": rows, "request": {"batch": 2, "seq": 8}})
+    rows.append(trained("slowed-all-0.25", {(1e-3, 0): 3.9, (2e-3, 0): 4.2, (1e-3, 1): 4.9}))
+    summarise_training({"rows": rows, "request": {"batch": 2, "seq": 8}})
     assert "40%" in loss_table(rows).splitlines()[3]  # of 0.5: smaller steps were better by 0.1
 
 
 def test_pairs_are_compared_run_by_run() -> None:
-    full = training("galore", {(1e-3, 0): 4.0, (2e-3, 0): None, (1e-3, 1): 5.0})
-    small = training("galore+pushed", {(1e-3, 0): 4.02, (2e-3, 0): 9.0, (1e-3, 1): 4.95})
+    full = trained("galore", {(1e-3, 0): 4.0, (2e-3, 0): None, (1e-3, 1): 5.0})
+    small = trained("galore+pushed", {(1e-3, 0): 4.02, (2e-3, 0): 9.0, (1e-3, 1): 4.95})
     for row, end in ((full, 4.2), (small, 4.5)):
         for run in row["runs"]:
             run["losses"] = [6.0, end]
-    (line,) = pairs.told([training("torch.compile", {(1e-3, 0): 4.0}), full, small])
+    (line,) = pairs.told([trained("torch.compile", {(1e-3, 0): 4.0}), full, small])
     assert line.startswith("`galore+pushed` beside `galore`, 2 runs")
     assert "by 0.3 nats" in line and "-1.00% to +0.50%" in line
 
 
 def test_a_row_without_memory_says_why() -> None:
-    one = training("torch.compile", {(1e-3, 0): 4.0})
+    one = trained("torch.compile", {(1e-3, 0): 4.0})
     error = {"type": "TimeoutError", "stage": "memory", "message": "x", "out_of_memory": False}
     one["failure"] = {"error": error}
     assert problems(one) == ["torch.compile: TimeoutError at memory: x"]
 
 
 def test_the_rate_rises_then_falls() -> None:
-    values = [quality._schedule(step, 100) for step in range(100)]
+    values = [training._schedule(step, 100) for step in range(100)]
     assert values[:5] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
     assert values[19] == values[20] == 1.0 == max(values)
     assert values == [*sorted(values[:20]), *sorted(values[20:], reverse=True)]
@@ -278,7 +279,7 @@ def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPat
     before = memrewrite.state_dict(model)
     with torch.no_grad():
         model[0].weight.zero_()
-    quality._start_over(model, Asked(), 0)  # type: ignore[arg-type]
+    training._start_over(model, Asked(), 0)  # type: ignore[arg-type]
     assert torch.equal(model[0].weight, Asked.build(0)[0][0].weight)
     x = torch.randn(4, 32) + 1
     model(x).sum().backward()
@@ -292,7 +293,7 @@ def test_validation_draws_no_dropout() -> None:
     asked = Request("gpt2-small", batch=2, seq=16, vocab=300, layers=1, dropout=True)
     model, _, _ = asked.build()
     held_out = np.arange(100, dtype=np.uint16)
-    one, other = (quality._validation(model.train(), held_out, asked) for _ in range(2))
+    one, other = (training._validation(model.train(), held_out, asked) for _ in range(2))
     assert one == other and model.training
 
 
@@ -306,7 +307,7 @@ def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:
 
 
 def test_gradients_of_two_draws_are_not_compared() -> None:
-    from memrewrite.shapes import from_config
+    from memrewrite.predict.models import from_config
 
     kept, off = (from_config("gpt2-small", layers=1, dropout=on) for on in (True, False))
     assert draws(kept) and not draws(off)
@@ -317,7 +318,7 @@ def test_gradients_of_two_draws_are_not_compared() -> None:
 
 ALLOCATE = """
 import torch
-from memrewrite.bench.meters import meter, unique_bytes
+from memrewrite.bench.run.meters import meter, unique_bytes
 reading = meter("cpu")
 torch.ones(1000).sum()
 for megabytes in (100, 400):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
 
 SIZE = 8
 seen: list[str] = []  # what the custom operation below was called with
@@ -271,7 +271,7 @@ def test_a_step_is_what_it_is_without_calibration(program: Any, init: Any) -> No
 
 def test_only_what_is_needed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """No linear for its own sake, and nothing behind the last x; what is not written is no copy."""
-    from memrewrite import replay
+    from memrewrite.calibration import replay
 
     ran: list[str] = []
     copied: list[Any] = []

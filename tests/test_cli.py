@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import memrewrite
-from memrewrite import cli, shapes
+from memrewrite import cli
 from memrewrite.cli import main
-from memrewrite.estimate import Estimate, Program
+from memrewrite.predict import models
+from memrewrite.predict.estimate import Estimate, Program
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,9 +113,9 @@ def test_an_unknown_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_amounts_of_memory() -> None:
-    assert shapes.parse_bytes("24GiB") == 24 * 2**30
-    assert shapes.parse_bytes("1.5GB") == 1_500_000_000
-    assert shapes.parse_bytes("800") == 800
+    assert models.parse_bytes("24GiB") == 24 * 2**30
+    assert models.parse_bytes("1.5GB") == 1_500_000_000
+    assert models.parse_bytes("800") == 800
     for text in ("", "GiB", "-1GB", "0", "1TB", "nanGB"):
         with pytest.raises(ValueError, match="no amount of memory"):
-            shapes.parse_bytes(text)
+            models.parse_bytes(text)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
 
 ALL8 = VeLoRA(subtoken_size=8, sites="all")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from memrewrite import shapes
 from memrewrite.bench import configurations
 from memrewrite.cli import main
+from memrewrite.predict import models
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,6 +88,6 @@ def test_a_command_is_accepted_with_every_flag(line: str, monkeypatch: pytest.Mo
         main(shlex.split(line))
     given = vars(done.value.given)
     model = given.get("model") or ""
-    assert model in ("", *shapes.NAMES) or re.fullmatch(r"\w+:\w+|\w+\.py", model)
+    assert model in ("", *models.NAMES) or re.fullmatch(r"\w+:\w+|\w+\.py", model)
     assert configurations.chosen(given.get("configurations", "quick"))
-    assert shapes.parse_bytes(given.get("fit") or "1GB") > 0
+    assert models.parse_bytes(given.get("fit") or "1GB") > 0

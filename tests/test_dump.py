@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.listing import changed, described, difference, listing
-from memrewrite.pipeline import run
-from memrewrite.record import GraphRecord
-from memrewrite.update import Kind, _add_projector, capture
-from passes.accumulate import accumulate_in_place
-from passes.adam import hyperparameters_as_inputs, lower_fused_adam
+from memrewrite.compiler.pipeline import run
+from memrewrite.optim.update import Kind, _add_projector, capture
+from memrewrite.record.decision import GraphRecord
+from memrewrite.record.listing import changed, described, difference, listing
 from passes.base import Pass
-from passes.fold import fold_reconstruction
-from passes.galore import Projection, project_updates
+from passes.joint.fold import fold_reconstruction
+from passes.joint.velora import compress_saved_inputs
 from passes.lower import lower_ir_ops
-from passes.velora import compress_saved_inputs
+from passes.update.accumulate import accumulate_in_place
+from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
+from passes.update.galore import Projection, project_updates
 
 
 def small() -> Any:

@@ -17,9 +17,10 @@ from test_memory import Wrapped, hooked
 from torch import nn
 
 import memrewrite
-from memrewrite import GaLore, VeLoRA, shapes
-from memrewrite.bench.meters import meter, unique_bytes
-from memrewrite.estimate import by_depth
+from memrewrite import GaLore, VeLoRA
+from memrewrite.bench.run.meters import meter, unique_bytes
+from memrewrite.predict import models
+from memrewrite.predict.estimate import by_depth
 
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
@@ -162,9 +163,9 @@ RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_s_memory_table(name: str) -> None:
-    from memrewrite.optimizer_state import state_of
+    from memrewrite.predict.optimizer_state import state_of
 
-    model = shapes.from_config(name).to(torch.bfloat16)
+    model = models.from_config(name).to(torch.bfloat16)
     weights = sum(p.nbytes for p in model.parameters())
     plain, projected = state_of(model, ADAMW, GaLore(RANKS[name]))
     full, low = ((weights + kept.state) / 2**30 for kept in (plain, projected))
@@ -177,7 +178,7 @@ def test_the_paper_s_memory_table(name: str) -> None:
 def test_a_small_machine_takes_a_large_model() -> None:
     memory = meter("cpu")
     before = memory.settle()  # and the peak of earlier tests is forgotten
-    model = memrewrite.compile(shapes.from_config("llama-7b", layers=2).to(torch.bfloat16))
+    model = memrewrite.compile(models.from_config("llama-7b", layers=2).to(torch.bfloat16))
     found = memrewrite.estimate(model, optimizer=ADAMW, **tokens(1, 128))
     assert found.plain.parameters > 1.2e9
     assert memory.peak() - before < 0.5e9

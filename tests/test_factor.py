@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
 
-from memrewrite.pipeline import run
-from memrewrite.update import Kind, capture, hyperparameters
-from passes.adam import hyperparameters_as_inputs, lower_fused_adam
-from passes.factor import SQUARE, V, factor_updates
+from memrewrite.compiler.pipeline import run
+from memrewrite.optim.update import Kind, capture, hyperparameters
 from passes.lower import lower_ir_ops
+from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
+from passes.update.factor import SQUARE, V, factor_updates
 
 LR, BETAS = 1e-2, (0.9, 0.99)
 

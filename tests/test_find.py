@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graphs import joint_graph
 from torch import Tensor
 
-from passes.find import Found, shared_inputs, weight_gradients
+from passes.joint.find import Found, shared_inputs, weight_gradients
 
 W = torch.randn(6, 8)
 X2, X3, X4 = torch.randn(5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 5, 8)

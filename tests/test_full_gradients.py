@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, Adafactor, AdamW, Muon, NAdam, Optimizer
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
-from memrewrite.projected import ProjectedGrad
+from memrewrite.gradients.gradient import ProjectedGrad
 
 Make = Callable[[Any], Optimizer]
 STEPS = 4

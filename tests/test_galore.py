@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim.adam import adam
 
-from memrewrite import projector
-from memrewrite.backend import Engine
-from memrewrite.pipeline import run
-from memrewrite.update import Kind, _add_projector, build, capture, trace
-from passes.accumulate import accumulate_in_place
-from passes.adam import hyperparameters_as_inputs, lower_fused_adam
+from memrewrite.compiler.backend import Engine
+from memrewrite.compiler.pipeline import run
+from memrewrite.gradients import range_finder
+from memrewrite.optim.update import Kind, _add_projector, build, capture, trace
 from passes.base import copy_graph
-from passes.galore import Projection, project_updates
 from passes.lower import lower_ir_ops
-from passes.pieces import cut
+from passes.update.accumulate import accumulate_in_place
+from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
+from passes.update.galore import Projection, project_updates
+from passes.update.pieces import cut
 
 EAGER = Engine("aot_eager", None, None, None)
 KIND = Kind(
@@ -193,8 +193,8 @@ def trained(kind: Kind, w: Tensor, grads: list[Tensor], every: int, case: dict[s
     p, step = None, torch.zeros(())
     for t, g in enumerate(grads):
         if t % every == 0:
-            new = projector.refresh(g, p, kind.rank, kind.left, "svd", t)
-            assert isinstance(new, projector.Refreshed)
+            new = range_finder.refresh(g, p, kind.rank, kind.left, "svd", t)
+            assert isinstance(new, range_finder.Refreshed)
             p = new.projector
         assert p is not None
         update.apply([w, g, *state, p], update.numbers(step, hyper))

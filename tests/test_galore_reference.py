@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import memrewrite
 from memrewrite import GaLore
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
 
 
 def with_aligned_signs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
-from memrewrite.backend import Engine
-from memrewrite.factored import VECTOR
-from memrewrite.state import session_of
-from memrewrite.update import Kind, build, hyperparameters
+from memrewrite.compiler.backend import Engine
+from memrewrite.optim.update import Kind, build, hyperparameters
+from memrewrite.optim.velora import VECTOR
+from memrewrite.session.session import session_of
 
 pytestmark = pytest.mark.inductor
 VELORA = VeLoRA(subtoken_size=8, sites="all")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from passes.base import aten
-from passes.late import recompute_late
+from passes.split.late import recompute_late
 
 
 class Appender(Builder):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from test_saved import Builder
 from torch.fx import Graph, Node
 
-from memrewrite.partition import hint
+from memrewrite.compiler.partition import hint
 from passes.base import aten
-from passes.live import Timeline, timeline
+from passes.split.live import Timeline, timeline
 
 N, D = 64, 32  # rows, features: a buffer of N D floats is 8192 bytes
 ROWS = 4 * N * D

@@ -78,14 +78,12 @@ def test_the_first_usable_batch_calibrates(why: str, init: Any) -> None:
 
 
 def test_an_input_that_stays_zero_costs_few_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memrewrite import calibrate
+    from memrewrite.calibration import observe
 
     calls: list[int] = []
     batches: list[Tensor] = []
-    real = calibrate.subtoken_sums
-    monkeypatch.setattr(
-        calibrate, "subtoken_sums", lambda *a: calls.append(len(batches)) or real(*a)
-    )
+    real = observe.subtoken_sums
+    monkeypatch.setattr(observe, "subtoken_sums", lambda *a: calls.append(len(batches)) or real(*a))
     model = model_of()
 
     def train(x: Tensor, steps: int) -> None:

@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError
-from memrewrite.state import session_of
-from memrewrite.update import Kind
+from memrewrite.optim.update import Kind
+from memrewrite.session.session import session_of
 
 EXACT = GaLore(rank=2, update_every=4, refresh="svd")
 
@@ -200,7 +200,7 @@ def test_schedulers_before_and_after_the_first_step(early: bool) -> None:
 
 
 def test_a_schedule_of_lr_and_betas_builds_one_update_per_shape() -> None:
-    from memrewrite.attachment import compiled
+    from memrewrite.optim.attachment import compiled
 
     model = net(GaLore(rank=5, update_every=3))
     optimizer = AdamW(model.parameters(), lr=0.1)

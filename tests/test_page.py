@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from memrewrite.listing import changed, difference
-from memrewrite.page import page
+from memrewrite.inspect.page import page
+from memrewrite.record.listing import changed, difference
 
 SITE = "blocks.0.down_proj"
 HOSTILE = "</script><script>document.title = 'harmed'</script><b>& \u2028 <!--"

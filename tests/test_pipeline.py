@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graphs import joint_graph, show
 from torch.fx import GraphModule
 
-from memrewrite.pipeline import run
+from memrewrite.compiler.pipeline import run
 from passes.base import Pass
 
 

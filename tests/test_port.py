@@ -16,13 +16,13 @@ from oracle import compress, reconstruct
 from torch import Tensor
 from torch.fx import GraphModule
 
-from memrewrite.pipeline import run
+from memrewrite.compiler.pipeline import run
 from passes.base import Pass
-from passes.fold import fold_reconstruction
+from passes.joint.fold import fold_reconstruction
+from passes.joint.port import Ported, return_coordinates
+from passes.joint.velora import compress_saved_inputs
 from passes.lower import lower_ir_ops
 from passes.ops import port_attach
-from passes.port import Ported, return_coordinates
-from passes.velora import compress_saved_inputs
 
 
 def passes(size_at: int, scale: float = 1.0, left: bool = False) -> list[Pass]:

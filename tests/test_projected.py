@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from memrewrite.basis import Vector
-from memrewrite.projected import ProjectedGrad
+from memrewrite.gradients.basis import Vector
+from memrewrite.gradients.gradient import ProjectedGrad
 
 
 def gradient(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memrewrite.projector import Refreshed, aligned, refresh, rotate_moments
+from memrewrite.gradients.range_finder import Refreshed, aligned, refresh, rotate_moments
 
 
 def decaying(rows: int, columns: int, power: float = 1.0, seed: int = 0) -> Tensor:

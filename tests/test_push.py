@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
 
-from memrewrite.pipeline import run
+from memrewrite.compiler.pipeline import run
 from passes.base import Pass
+from passes.joint.push import Projected, push_projections, return_projections
 from passes.lower import lower_ir_ops
-from passes.push import Projected, push_projections, return_projections
 
 LINEAR = "linear"
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of W (6, 8) and x (5, 8) or (5, 6)

@@ -17,9 +17,9 @@ from torch.optim import SGD, Adam, AdamW
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
-from memrewrite.basis import Projector, Sketch
-from memrewrite.projected import ProjectedGrad
-from memrewrite.state import session_of
+from memrewrite.gradients.basis import Projector, Sketch
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.session.session import session_of
 
 RANK = 2
 EARLY = 5  # steps that end behind the last of the early refreshes

@@ -10,7 +10,7 @@ from torch import nn
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
 
 
 def test_before_the_first_step_it_says_so() -> None:

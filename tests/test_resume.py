@@ -17,8 +17,8 @@ from torch.optim import SGD, Adam, AdamW
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
-from memrewrite.packing import CALIBRATED, SUM, VECTOR, pack, packed_bytes, unpack
-from memrewrite.state import session_of
+from memrewrite.gradients.packing import CALIBRATED, SUM, VECTOR, pack, packed_bytes, unpack
+from memrewrite.session.session import session_of
 
 V, G = VeLoRA(8, "all"), GaLore(4, update_every=6, sites="all")
 MODES: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def test_with_every_optimizer(mode: str, kind: str) -> None:
 
 
 def test_nothing_is_calibrated_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memrewrite import calibrate
+    from memrewrite.calibration import observe
 
     straight, resumed = net("velora"), net("velora")
     one, two = AdamW(straight.parameters()), AdamW(resumed.parameters())
@@ -142,7 +142,7 @@ def test_nothing_is_calibrated_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr(calibrate, "subtoken_sums", refuse)
+    monkeypatch.setattr(observe, "subtoken_sums", refuse)
     fit(resumed, two, range(2, 3))
     with pytest.raises(AssertionError, match="calibrated"):
         fit(net("velora"), one, range(1))

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from memrewrite.partition import hint
+from memrewrite.compiler.partition import hint
 from passes.base import aten, call
-from passes.rerun import choose_reruns, freed_operations, operations, pushed_operations
-from passes.saved import exclusive_inputs, kept_for_backward, readers
+from passes.split.rerun import choose_reruns, freed_operations, operations, pushed_operations
+from passes.split.saved import exclusive_inputs, kept_for_backward, readers
 
 
 class Builder:
@@ -139,7 +139,7 @@ def test_an_explicit_checkpoint_policy_is_left_alone() -> None:
 def test_freed_operations_count_the_narrower_matmul() -> None:
     from graphs import joint_graph
 
-    from passes.find import weight_gradients
+    from passes.joint.find import weight_gradients
 
     def fn(w: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(x) @ w.t()

@@ -6,7 +6,7 @@ import pytest
 from models import Stack
 from torch import nn
 
-from memrewrite.sites import candidates, select
+from memrewrite.sites.candidates import candidates, select
 
 
 def named(*names: str) -> nn.Module:

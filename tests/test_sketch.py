@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memrewrite import sketch
-from memrewrite.basis import Sketch
-from memrewrite.projector import ZERO, Refreshed
+from memrewrite.gradients import sketch
+from memrewrite.gradients.basis import Sketch
+from memrewrite.gradients.range_finder import ZERO, Refreshed
 
 F64 = torch.float64
 

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError, VeLoRA
-from memrewrite.packing import VECTOR
-from memrewrite.projected import ProjectedGrad
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.gradients.packing import VECTOR
 
 M = 4
 
@@ -451,8 +451,8 @@ def test_state_of_a_transposed_weight_becomes_full_size_again() -> None:
 
 
 def test_a_second_derivative_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memrewrite.basis import Vector
-    from memrewrite.ports import Port
+    from memrewrite.gradients.basis import Vector
+    from memrewrite.gradients.port import Port
 
     weight = nn.Parameter(torch.ones(4, 8))
     basis = Vector(torch.ones(4) / 2)
@@ -533,8 +533,8 @@ def test_velora_wins_over_galore_where_both_are_asked() -> None:
 
 
 def test_no_graph_of_ours_holds_a_full_gradient() -> None:
-    from memrewrite.optimizer import updates_of
-    from memrewrite.state import session_of
+    from memrewrite.optim.hook import updates_of
+    from memrewrite.session.session import session_of
 
     model = net()
     optimizer = AdamW(model.parameters())  # without it, the session has no updates

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import memrewrite
 from memrewrite import VeLoRA
-from memrewrite.state import session_of
+from memrewrite.session.session import session_of
 
 X = torch.randn(6, 32, dtype=torch.float64)
 
@@ -177,10 +177,10 @@ def test_a_compiled_model_can_be_collected() -> None:
 def test_where_calibration_cannot_see_x_v_is_ones_and_the_report_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from memrewrite import calibrate
+    from memrewrite.calibration import observe
 
-    monkeypatch.setattr(calibrate, "MATMULS", {})
-    monkeypatch.setattr(calibrate, "LINEARS", {})
+    monkeypatch.setattr(observe, "MATMULS", {})
+    monkeypatch.setattr(observe, "LINEARS", {})
     model = trained(VeLoRA(subtoken_size=8, sites=["head"]))
     row = next(r for r in memrewrite.report(model).sites if r.name == "head")
     assert "v is ones, because calibration could not see x" in row.reason

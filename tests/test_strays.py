@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import memrewrite
 from memrewrite import MemrewriteWarning
-from memrewrite.state import session_of
-from memrewrite.strays import MARK, QUIET
+from memrewrite.inspect.strays import MARK, QUIET
+from memrewrite.session.session import session_of
 
 COPY = r"copy of a model \(Stack\) that memrewrite compiled"
 LOADED = "parameters .* of a model that was compiled"

@@ -12,10 +12,10 @@ from test_saved import Builder
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from memrewrite.partition import hint
+from memrewrite.compiler.partition import hint
 from passes.base import aten
-from passes.saved import kept_for_backward
-from passes.sums import keep_sums
+from passes.split.saved import kept_for_backward
+from passes.split.sums import keep_sums
 
 
 def halves(blocks: int, masked: bool = False) -> tuple[Graph, Graph]:

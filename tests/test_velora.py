@@ -15,11 +15,11 @@ from oracle import compress, reconstruct
 from torch import Tensor
 from torch.fx import GraphModule
 
-from memrewrite.pipeline import run
+from memrewrite.compiler.pipeline import run
 from passes.base import Pass, fixed
-from passes.fold import fold_reconstruction
+from passes.joint.fold import fold_reconstruction
+from passes.joint.velora import compress_saved_inputs
 from passes.lower import lower_ir_ops
-from passes.velora import compress_saved_inputs
 
 
 def passes(*vectors: tuple[int, int], weights: int = 1, scale: float = 1.0) -> list[Pass]:

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
-from memrewrite.backend import graphs_compiled
-from memrewrite.projected import ProjectedGrad
-from memrewrite.state import session_of
-from memrewrite.watch import LOOKS, WINDOW
+from memrewrite.compiler.backend import graphs_compiled
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.session.calls import LOOKS, WINDOW
+from memrewrite.session.session import session_of
 
 ALL8 = VeLoRA(subtoken_size=8, sites="all")
 
@@ -214,7 +214,7 @@ def test_a_suppressed_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr("memrewrite.captured.capture", fail)
+    monkeypatch.setattr("memrewrite.session.graph.capture", fail)
     model = compiled()
     with torch._dynamo.config.patch(suppress_errors=True):
         with pytest.warns(MemrewriteWarning, match="suppressed: RuntimeError: no compiler here"):

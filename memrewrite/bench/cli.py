@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from memrewrite import shapes
-from memrewrite.bench import chart, configurations, pairs, pareto, quality
-from memrewrite.bench.cost import Cost, Settings
+from memrewrite.bench import configurations
 from memrewrite.bench.document import Document, title
-from memrewrite.bench.subject import Request
-from memrewrite.bench.summary import problems, summarise
-from memrewrite.bench.table import LEGEND, LOSS_LEGEND, loss_table, table
+from memrewrite.bench.run import quality
+from memrewrite.bench.run.cost import Cost, Settings
+from memrewrite.bench.run.subject import Request
+from memrewrite.bench.show import chart, pairs, pareto
+from memrewrite.bench.show.summary import problems, summarise, summarise_training
+from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, loss_table, table
+from memrewrite.predict import models
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
@@ -68,7 +70,7 @@ def write(data: dict[str, Any], folder: Path) -> None:
     """The table, as text and Markdown, and the chart, of a document."""
     trained = data["request"]["kind"] == "train"
     if trained:
-        quality.summarise(data)
+        summarise_training(data)
     else:
         summarise(data["rows"])
     rows = [row for row in data["rows"] if row["runs"] or row["skipped"]]
@@ -92,7 +94,26 @@ def write(data: dict[str, Any], folder: Path) -> None:
 # --- training ------------------------------------------------------------------------------
 
 
-def training(given: argparse.Namespace) -> int:
+def _train(words: list[str]) -> int:
+    """`memrewrite bench train`."""
+    parser = argparse.ArgumentParser(
+        prog="memrewrite bench train",
+        description="Validation loss of each way of training, from the same start on the same text "
+        "(the standard library's source): the same learning rates and seeds for every row.",
+    )
+    model_flags(parser, "llama-tiny", batch=8, seq=128, rank=32)
+    common_flags(parser, "train", Path("out/bench_train"))
+    how = quality.Settings()
+    parser.add_argument("--steps", type=int, default=how.steps, help="%(default)s")
+    parser.add_argument("--seeds", type=int, default=how.seeds, help="%(default)s")
+    parser.add_argument("--lrs", default=",".join(f"{lr:g}" for lr in how.lrs), help="%(default)s")
+    parser.add_argument("--refresh", type=int, default=100, help="steps between GaLore's")
+    parser.add_argument("--data", type=Path, default=how.data, help="cache of tokenised text")
+    parser.set_defaults(vocab=2048)
+    return _training(parser.parse_args(words))
+
+
+def _training(given: argparse.Namespace) -> int:
     """`bench train`, its flags read."""
     _check(given)
     try:
@@ -124,14 +145,14 @@ def model_flags(
         "model",
         nargs="?",
         default=model,
-        help=f"a config.json, {', '.join(shapes.NAMES)}, or module:function (%(default)s)",
+        help=f"a config.json, {', '.join(models.NAMES)}, or module:function (%(default)s)",
     )
     parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
     parser.add_argument("--batch", type=int, default=batch, help="%(default)s")
     parser.add_argument("--seq", type=int, default=seq, help="%(default)s")
     parser.add_argument("--vocab", type=int, help="another vocabulary than the model's")
     parser.add_argument("--layers", type=int, help="another depth than the model's")
-    parser.add_argument("--dtype", choices=shapes.DTYPES, default="fp32", help="%(default)s")
+    parser.add_argument("--dtype", choices=models.DTYPES, default="fp32", help="%(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     parser.add_argument("--rank", type=int, default=rank, help="of GaLore (%(default)s)")
     parser.add_argument(
@@ -173,7 +194,7 @@ def _request(given: argparse.Namespace) -> Request:
     keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
     asked = Request(model, **{key: getattr(given, key) for key in keys if key in given})
     if ":" not in model:  # an unknown one is an error now, not in each process
-        images = shapes.takes_images(shapes.from_config(model))
+        images = models.takes_images(models.from_config(model))
         return replace(asked, seq=None) if images else asked
     return asked
 
@@ -216,15 +237,11 @@ def _progress() -> Iterator[
         yield tell, bar.update, expect
 
 
-# --- the other two --------------------------------------------------------------------------
-
-
-def _train(words: list[str]) -> int:
-    return quality.main(words)
+# --- the page --------------------------------------------------------------------------
 
 
 def _page(words: list[str]) -> int:
-    from memrewrite.bench.page import write_page
+    from memrewrite.bench.show.page import write_page
 
     parser = argparse.ArgumentParser(
         prog="memrewrite bench page",

@@ -1,0 +1,157 @@
+"""What is measured: a real model, its inputs, and the way of training asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memrewrite
+from memrewrite.api import call_of
+from memrewrite.bench.configurations import Configuration, Controlled
+from memrewrite.compiler.backend import set_torch
+from memrewrite.predict import models
+from memrewrite.sites.candidates import candidates, select, why_not
+from memrewrite.sites.eligible import sites_of
+from memrewrite.sites.options import GaLore
+
+SEED = 0
+LORA = ("v_proj", "down_proj")  # the sites of VeLoRA's paper
+
+
+@dataclass(frozen=True)
+class Request:
+    """The model and its inputs, as a command line describes them."""
+
+    model: str
+    batch: int = 8
+    seq: int | None = 256  # None of a model that takes images
+    vocab: int | None = None
+    layers: int | None = None
+    dtype: str = "fp32"
+    device: str = "cpu"
+    rank: int = 128
+    refresh: int = 10  # steps between refreshes of a projector: a few steps must meet one
+    dropout: bool = False  # of a model made from a config; one that is called keeps its own
+
+    def build(self, seed: int = SEED) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """(model, args, kwargs), the same ones for the same seed."""
+        torch.manual_seed(seed)
+        if ":" in self.model:
+            model, args, kwargs = models.called(self.model)
+            return model, args, kwargs
+        dtype = models.DTYPES[self.dtype]
+        model = models.from_config(
+            self.model, self.vocab, self.layers, "cpu", dtype, dropout=self.dropout
+        )
+        torch.manual_seed(seed + 1)
+        named = models.inputs(model, self.batch, self.seq or 0, dtype)
+        model.to(self.device)
+        return model, (), {key: value.to(self.device) for key, value in named.items()}
+
+
+@dataclass
+class Subject:
+    """A model under one configuration."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of the model's own inputs, or of others. Raises ValueError for what is no loss."""
+        if not (args or kwargs):
+            args, kwargs = self.args, self.kwargs
+        out = self.model(*args, **kwargs)
+        loss = getattr(out, "loss", out)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"{type(self.model).__name__} returns a {type(out).__name__} without a scalar "
+                "loss; return one, or an output with .loss"
+            )
+        return loss
+
+
+def prepare(configuration: Configuration, asked: Request) -> Subject:
+    """The model of that configuration, ready for its first step."""
+    set_torch(configuration.functorch, configuration.inductor)
+    model, args, kwargs = asked.build()
+    if configuration.lora:
+        model = _with_lora(model, configuration.peft_velora).to(asked.device)
+    model.train()
+    if configuration.frozen is not None:
+        for parameter in weights_of(model, configuration.frozen, asked.rank):
+            parameter.requires_grad_(False)
+    if configuration.checkpointing:
+        _checkpoint(model)
+    _compile(model, configuration, asked)
+    return Subject(model, args, kwargs)
+
+
+def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
+    """The weights that VeLoRA at these sites compresses; of "galore", those GaLore projects."""
+    if sites == "galore":
+        return [site.candidate.parameter for site in sites_of(model, GaLore(rank)).projected]
+    found = candidates(model)
+    names = select(found, "auto" if sites == "auto" else "all")
+    chosen = [c for c in found if c.name in names and why_not(c, None) is None]
+    return list({id(c.parameter): c.parameter for c in chosen}.values())
+
+
+def _checkpoint(model: Any) -> None:
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise ValueError(f"{type(model).__name__} has no switch for checkpointing")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> None:
+    if configuration.own is not None:
+        module, _, function = configuration.own.partition(":")
+        getattr(importlib.import_module(module), function)(model)
+    elif configuration.engine == "torch.compile":
+        model._compiled_call_impl = torch.compile(call_of(model))
+    elif configuration.engine == "memrewrite":
+        size = configuration.velora
+        gradients: Any = "dense" if configuration.dense else "coordinates"
+        scale: Any = "sqrt" if configuration.lr_sqrt else 1.0
+        velora = memrewrite.VeLoRA(
+            size or 16, configuration.sites, lr_scale=scale, gradients=gradients
+        )
+        how: Any = "coordinates" if configuration.pushed else "dense"
+        galore = memrewrite.GaLore(
+            asked.rank,
+            update_every=asked.refresh,
+            stagger=configuration.staggered,
+            gradients=how,
+        )
+        wanted = galore if configuration.galore else None
+        memrewrite.compile(model, velora=velora if size else False, galore=wanted)
+
+
+def _with_lora(model: Any, size: int | None) -> Any:
+    """Adapters of rank 8; with a sub-token size, under PEFT's VeLoRA.
+
+    B is drawn at random: at zero, as in training, the gradient of A would be zero and no
+    error in it could be seen. PEFT takes one number of groups for all layers: each is set
+    up anew with that of its width. Its v is the paper's and memrewrite's: the mean of the
+    first batch, then frozen.
+    """
+    from peft import LoraConfig, VeloraConfig, get_peft_model
+    from peft.tuners.lora.variants import VeloraLinearVariant
+
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    where: Any = list(LORA) if names.issuperset(LORA) else "all-linear"
+    config = LoraConfig(r=8, target_modules=where, init_lora_weights=False)
+    if size:
+        config.velora_config = VeloraConfig(init_type="batch_average_once")
+    adapted: Any = get_peft_model(model, config)
+    for module in adapted.modules():
+        if size and hasattr(module, "lora_velora_num_groups"):
+            groups = math.ceil(module.in_features / size)
+            config.velora_config = VeloraConfig(groups, init_type="batch_average_once")
+            VeloraLinearVariant.init(module, "default", config)
+    return adapted

@@ -1,0 +1,350 @@
+"""The route through torch: the only file that knows Dynamo, AOTAutograd and Inductor.
+
+`capture` is called once per captured graph. It never edits Dynamo's graph (Dynamo reads
+it again): it copies it, appends one placeholder per selected weight for its v, and hands
+the copy to Inductor with two hooks bound to this compile alone:
+
+    joint_custom_pre_pass   the passes, on the joint graph that AOTAutograd traced
+    custom_partitioner_fn   the split into forward and backward
+
+On a warm AOTAutograd cache neither hook runs. What they decided is therefore written
+beside torch's cache under the facts that decide it, and read back; where it is missing
+the graph is compiled once more without the cache.
+
+Every private torch API here was run on torch 2.11, 2.12 and 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
+from torch._functorch.compilers import nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx import Graph, GraphModule, Node
+
+from memrewrite.compiler.annotate import annotate
+from memrewrite.compiler.partition import Compile, Halves, divide, rewrite
+from memrewrite.errors import MemrewriteWarning
+from memrewrite.gradients.port import attach_ports
+from memrewrite.record.decision import GraphRecord
+from memrewrite.record.request import PassesFor, Plan, source_hash
+from passes.base import copy_graph
+from passes.joint.absent import write_in_place
+
+EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
+# Whether a parameter that was frozen or thawed since makes Dynamo compile again: in torch 2.11
+# a guard on it is skipped as long as its module's dictionary is the same.
+GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
+
+_current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[Compile]:
+    """Where the hooks of this compile leave their results: they must stay stateless."""
+    state = Compile()
+    token = _current.set(state)
+    try:
+        yield state
+    finally:
+        _current.reset(token)
+
+
+# --- the two hooks -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JointPasses(CustomGraphPass):
+    """Inductor's joint_custom_pre_pass: ours, then the user's own (a list, from torch 2.13 on)."""
+
+    plan: Plan
+    passes_for: PassesFor = field(compare=False)
+    theirs: tuple[Any, ...] = ()
+
+    def uuid(self) -> Any:
+        """None, and so no cache, beside a pass that does not say what it is."""
+        theirs = [isinstance(one, CustomGraphPass) and one.uuid() for one in self.theirs]
+        return ("memrewrite", source_hash(), self.plan, *theirs) if all(theirs) else None
+
+    def __call__(self, graph: Graph) -> None:
+        assert graph.owning_module is not None
+        _rewrite_joint(graph.owning_module, self.plan, self.passes_for)
+        for one in self.theirs:
+            one(graph)
+
+
+@dataclass(frozen=True)
+class ExactFirst(CustomPartitionerFn):
+    """Inductor's custom_partitioner_fn; `inner` is the user's own, where there is one."""
+
+    plan: Plan
+    inner: CustomPartitionerFn | None = None
+
+    def uuid(self) -> Any:
+        return ("memrewrite", source_hash(), self.plan, self.inner and self.inner.uuid())
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
+        return _split_joint(gm, joint_inputs, self.plan, self.inner, **kwargs)
+
+
+def _rewrite_joint(gm: GraphModule, plan: Plan, passes_for: PassesFor) -> None:
+    state = _current.get() or Compile()
+    if annotate(gm.graph):
+        rewrite(gm, plan, passes_for(plan), state)
+    elif state.record is None:
+        state.record = GraphRecord(inference=True)
+
+
+def _split_joint(
+    gm: GraphModule,
+    joint_inputs: Sequence[object],
+    plan: Plan,
+    inner: Callable[..., Any] | None,
+    *,
+    num_fwd_outputs: int,
+    **kwargs: Any,
+) -> Halves:
+    def default(joint: GraphModule, outputs: int) -> Halves:
+        cut: Callable[..., Halves] = inner or min_cut_rematerialization_partition
+        return cut(joint, joint_inputs, num_fwd_outputs=outputs, **kwargs)
+
+    def exact_first(joint: GraphModule, outputs: int) -> Halves:
+        # patched around one partition, never globally
+        with functorch_config.patch(aggressive_recomputation=True):
+            return default(joint, outputs)
+
+    state, chosen = _current.get() or Compile(), exact_first
+    if functorch_config.activation_memory_budget != 1.0:
+        state.freed, chosen = 0.0, default  # the user's budget decides what is rerun
+    return divide(gm, plan, num_fwd_outputs, state, default, chosen)
+
+
+# --- the two engines -------------------------------------------------------------------
+
+
+class Engine:
+    """What turns a copied graph into code: Inductor, or the rewritten graphs as they are.
+
+    "aot_eager" runs them op by op; so does "trace", for estimates, with Inductor's graphs.
+    """
+
+    def __init__(self, backend: str, mode: str | None, options: Any, dynamic: bool | None) -> None:
+        self.backend = backend
+        wrapper: Any = torch._TorchCompileInductorWrapper
+        config = dict(wrapper(mode, options, dynamic).config)  # torch.compile's own checks
+        self.config: dict[str, Any] = config if backend == "inductor" else {}
+
+    @property
+    def branches(self) -> bool:
+        """Whether its programs may decide something when they run; a CUDA graph repeats itself."""
+        return not self.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+
+    def compile(
+        self, gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor
+    ) -> Callable[..., Any]:
+        if self.backend != "inductor":
+            return _compile_eager(gm, inputs, plan, passes_for, self.backend == "trace")
+        # imported late: it loads the code generators
+        from torch._inductor.compile_fx import compile_fx
+
+        theirs = self.config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+        inner = self.config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+        patches = {
+            **self.config,
+            "joint_custom_pre_pass": JointPasses(plan, passes_for, _listed(theirs)),
+            "custom_partitioner_fn": ExactFirst(plan, inner),
+        }
+        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _listed(passes: Any) -> tuple[Any, ...]:
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,) if passes else ()
+
+
+def _compile_eager(
+    gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor, simplify: bool
+) -> Callable[..., Any]:
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+
+    left = () if simplify else EYES  # Inductor's counts in uint16, which few operations take
+    table = {op: f for op, f in select_decomp_table().items() if op not in left}
+
+    def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
+        _rewrite_joint(joint, plan, passes_for)
+        if simplify:
+            with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
+                joint_graph_passes(joint)
+        return _split_joint(joint, joint_inputs, plan, None, **kwargs)
+
+    backend: Any = aot_autograd(
+        fw_compiler=nop,
+        bw_compiler=_op_by_op,
+        partition_fn=split,
+        decompositions=table,
+        keep_inference_input_mutations=True,
+    )
+    return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+    write_in_place(gm.graph)
+    gm.recompile()
+    return nop(gm, inputs)
+
+
+def capture(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    extra: Sequence[tuple[str, Tensor]],
+    passes_for: PassesFor,
+    engine: Engine,
+) -> tuple[Callable[..., Any], GraphRecord]:
+    """Compile a copy of Dynamo's graph that takes `extra` (name, example) behind its own."""
+
+    def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
+        copied = copy_module(gm)
+        examples = [_append(copied, name, value) for name, value in extra]
+        added = zip(_places(copied)[len(inputs) :], examples, strict=True)
+        ports = [node for node, example in added if example.requires_grad]
+        if ports:
+            attach_ports(copied, ports)
+        copied.recompile()
+        with _compiling() as state:
+            return engine.compile(copied, [*inputs, *examples], plan, passes_for), state.record
+
+    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, extra, engine)}.json"
+    compiled, record = compile_copy()
+    record = record or GraphRecord.load(path)
+    if record is None:
+        with inductor_config.patch(force_disable_caches=True):
+            compiled, record = compile_copy()
+        record = record or GraphRecord(inference=True)
+    record.store(path)
+    return compiled, record
+
+
+def copy_module(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph that AOTAutograd accepts as Dynamo's own."""
+    copied = GraphModule(gm, copy_graph(gm.graph))
+    copied.meta.update(gm.meta)
+    places = (g.graph.find_nodes(op="placeholder") for g in (gm, copied))
+    for old, new in zip(*places, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied
+
+
+def _places(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
+    """One more input behind the others; returns its example."""
+    places = _places(gm)
+    if torch._guards.TracingContext.try_get() is not None:  # called by Dynamo
+        examples: Any = (node.meta.get("example_value") for node in places)
+        fake_mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
+        value = fake_mode.from_tensor(value, static_shapes=True)
+    with gm.graph.inserting_after(places[-1]):
+        node = gm.graph.placeholder(name)
+    node.meta["example_value"] = value
+    node._dynamo_source = ConstantSource(node.name)
+    return value
+
+
+def _key(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    extra: Sequence[tuple[str, Tensor]],
+    engine: Engine,
+) -> str:
+    """Of everything that decides a record, so that a warm cache finds its own."""
+    described = [
+        (str(i.shape), str(i.dtype), str(i.stride()), i.device.type, i.requires_grad)
+        if isinstance(i, Tensor)
+        else str(i)
+        for i in inputs
+    ]
+    facts = (
+        gm.code,
+        described,
+        plan,
+        [(name, str(value.shape), str(value.dtype)) for name, value in extra],
+        source_hash(),
+        engine.backend,
+        sorted((k, str(v)) for k, v in engine.config.items()),
+        functorch_config.get_hash(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Callable[..., Any]:
+    """The engine's code for a graph that writes its inputs, specialised to their shapes or not."""
+    if engine.backend == "aot_eager":
+        return gm
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled = torch.compile(gm, fullgraph=True, dynamic=dynamic, options=_fused_throughout())
+    current: list[Callable[..., Any]] = [compiled]
+
+    def run(*tensors: Tensor) -> Any:
+        try:
+            return current[0](*tensors)
+        except TorchDynamoException as error:  # before anything ran, so nothing was written
+            current[0] = gm
+            warnings.warn(
+                f"an optimizer update could not be compiled and runs op by op: {error}",
+                MemrewriteWarning,
+                stacklevel=2,
+            )
+            return gm(*tensors)
+
+    return run
+
+
+def _fused_throughout() -> dict[str, Any]:
+    """Before torch 2.13 Inductor stores a small moment that v expands as a temporary first."""
+    from torch._inductor.ir import StorageBox
+
+    known = inspect.signature(StorageBox.should_realize_on_reuse).parameters
+    return {} if "graph_reuse" in known else {"realize_reads_threshold": 64}
+
+
+def in_compiled_autograd() -> bool:
+    """Whether backward is to be traced: it then runs no Function's own entry."""
+    wanted: bool = torch._dynamo.config.compiled_autograd
+    return wanted or getattr(torch._dynamo.compiled_autograd, "compiled_autograd_enabled", False)
+
+
+def set_torch(functorch: Mapping[str, Any], inductor: Mapping[str, Any]) -> None:
+    """Settings of torch's own, for the rest of this process."""
+    for config, wanted in ((functorch_config, functorch), (inductor_config, inductor)):
+        for name, value in wanted.items():
+            setattr(config, name, value)
+
+
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has captured in this process, recompiles included."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

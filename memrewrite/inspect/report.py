@@ -1,0 +1,315 @@
+"""report(model): one row per candidate linear, and what the rewrite saved in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from tabulate import tabulate
+from torch import nn
+
+from memrewrite.compiler.liveness import dominates
+from memrewrite.inspect.optimizer_report import OptimizerRow, optimizer_rows, table
+from memrewrite.parallel.data_parallel import inner
+from memrewrite.record.decision import GraphRecord, InputRecord
+from memrewrite.session.graph import Binding
+from memrewrite.session.session import Session, known_session, parts_of
+from memrewrite.sites.candidates import Candidate, candidates, why_not
+from passes.joint.find import BATCHED
+
+AnyRow = TypeVar("AnyRow", "Row", OptimizerRow)
+NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
+INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
+FATES = {
+    "z saved": "z saved in place of x",
+    "x P saved": "x P of the weights that share it saved in place of x",
+    "rebuilt": "x rebuilt in backward, so nothing is kept; the folded matmul saves time",
+    "kept alive": "x kept alive by {by}: frees no bytes; the folded matmul saves time",
+}
+EXACT_FATES = {
+    "rebuilt": "x rebuilt exactly in backward",
+    "kept alive": "x kept",
+    "z saved": "x replaced by z for the weights that share it",
+    "x P saved": "x replaced by x P",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate. Bytes are of its saved input; see `report`."""
+
+    name: str
+    shape: tuple[int, ...]
+    decision: Literal["compressed", "exact"]
+    reason: str
+    bytes_before: int  # what torch.compile's default partition keeps
+    bytes_after: int  # what ours keeps
+
+
+@dataclass(frozen=True)
+class Report:
+    """Printable as a table; `to_dict()` is the same as plain data."""
+
+    sites: tuple[Row, ...]
+    totals: dict[str, Any]
+    status: str
+    optimizer: tuple[OptimizerRow, ...] = ()
+    optimizer_status: str = ""
+    dominates: str = ""
+    calls: tuple[int, int] = (0, 0)  # of the latest that trained: (without our graphs, all)
+    missed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"sites": [...], "optimizer": [...], "totals": {...}}"""
+        sites = [{**asdict(row), "shape": list(row.shape)} for row in self.sites]
+        optimizer = [{**asdict(row), "shape": list(row.shape)} for row in self.optimizer]
+        missed, calls = self.calls
+        totals = {**self.totals, "dominates": self.dominates}
+        totals |= {"recent_calls": calls, "missed_calls": missed}
+        return {"sites": sites, "optimizer": optimizer, "totals": totals}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                "x".join(map(str, r.shape)),
+                r.decision,
+                r.bytes_before,
+                r.bytes_after,
+                r.reason,
+            )
+            for r in self.sites
+        ]
+        header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
+        # "0.10" is a name, and no number
+        text = tabulate(
+            rows, header, tablefmt="simple", intfmt=",", disable_numparse=[0] if rows else False
+        )
+        text += f"\n\n{self.status}"
+        text += "".join(f"\n{line}" for line in (self.dominates, self.missed) if line)
+        if self.optimizer:
+            text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
+        return text
+
+
+def report(model: nn.Module) -> Report:
+    """What was rewritten in a model compiled by memrewrite, and why the rest was not.
+
+    "after" is what the compiled forward keeps for backward, to the byte, at the shapes
+    of the last compile; parameters, buffers and the vectors v are not counted. "before"
+    is what torch.compile's default partition keeps of the same joint graph, taken before
+    Inductor's own simplifications, which may save it a few constants more. An input that
+    several weights share is counted at the first of them.
+    `optimizer` has one row per trained parameter where GaLore is on; the bytes of its
+    state are predicted until an optimizer has stepped.
+    `peak_bytes_before` and `peak_bytes_after` in the totals are predicted from the liveness
+    of the largest graph: activations and gradients, without what lives all the time.
+    A model whose parts were compiled one by one, or that holds one in a wrapper as DDP does,
+    has the rows of them all, named by where they are.
+    Raises ValueError for a model of which memrewrite compiled nothing.
+    """
+    own = known_session(model)
+    if own is not None:
+        return report_of(own, inner(model))
+    return _gathered([(path, report_of(s, s.model() or model)) for path, s in parts_of(model)])
+
+
+def _gathered(reports: list[tuple[str, Report]]) -> Report:
+    """One report of several parts: their sums, and the largest of their peaks."""
+    totals = [part.totals for _, part in reports]
+    peaks = {key: max(t[key] for t in totals) for key in totals[0] if key.startswith("peak_")}
+    formulas = {
+        key: " + ".join(filter(None, (t[key] for t in totals)))
+        for key in totals[0]
+        if key.startswith("formula_")
+    }
+    others = totals[0].keys() - peaks.keys() - formulas.keys()
+    sums = {key: sum(t[key] for t in totals) for key in totals[0] if key in others}
+
+    def lines(of: str) -> str:
+        told = ((path, getattr(part, of)) for path, part in reports)
+        return "\n".join(f"{path}: {text}" for path, text in told if text)
+
+    return Report(
+        tuple(_moved(row, path) for path, part in reports for row in part.sites),
+        sums | peaks | formulas,
+        lines("status"),
+        tuple(_moved(row, path) for path, part in reports for row in part.optimizer),
+        lines("optimizer_status"),
+        lines("dominates"),
+        max(part.calls for _, part in reports),
+        lines("missed"),
+    )
+
+
+def _moved(row: AnyRow, path: str) -> AnyRow:
+    return replace(row, name=f"{path}.{row.name}")
+
+
+def report_of(session: Session, model: nn.Module) -> Report:
+    """The report of one session; see `report`."""
+    calls: dict[str, Any] = {"calls": session.calls.recent(), "missed": session.calls.line()}
+    projected, projected_status = optimizer_rows(session, model)
+    found = candidates(model)
+    bindings = [b for g in session.graphs for b in g.bindings.values()]
+    graphs = [b for b in bindings if not b.variant.record.inference]
+    if not graphs:
+        status = INFERENCE_ONLY if session.graphs else NOTHING_YET
+        rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
+        totals = _totals([]) | _state_totals(projected)
+        return Report(tuple(rows), totals, status, projected, projected_status, **calls)
+    fates = _fates(graphs)
+    chosen = session.selected(found)
+    rows = list(_rows(session, found, chosen, fates))
+    totals = _totals(_latest(graphs)) | _state_totals(projected)
+    owners = dominates(b.variant.record for b in graphs)
+    status = _summary(totals, graphs)
+    return Report(tuple(rows), totals, status, projected, projected_status, owners, **calls)
+
+
+@dataclass(frozen=True)
+class _Fate:
+    graph: Binding
+    entry: InputRecord | None  # None: no gradient matmul was recognised
+    reason: str
+    weight: int
+
+
+def _fates(graphs: list[Binding]) -> dict[str, list[_Fate]]:
+    """Per name, every input it has in the last graph that has it."""
+    fates: dict[str, list[_Fate]] = {}
+    for graph in graphs:
+        seen: dict[str, list[_Fate]] = {}
+        for entry in graph.variant.record.inputs:
+            for weight in (*entry.weights, *entry.exact_weights):
+                if weight in graph.names:
+                    seen.setdefault(graph.names[weight], []).append(_Fate(graph, entry, "", weight))
+        for weight, reason in graph.variant.record.refused.items():
+            if weight in graph.names:
+                seen.setdefault(graph.names[weight], []).append(_Fate(graph, None, reason, weight))
+        fates |= seen
+    return fates
+
+
+def _rows(
+    session: Session, found: list[Candidate], chosen: set[str], fates: dict[str, list[_Fate]]
+) -> Iterator[Row]:
+    counted: set[tuple[int, int]] = set()
+    known = {id(c.parameter): c.name for c in reversed(found) if c.name in fates}
+    for candidate in found:
+        name = known.get(id(candidate.parameter), candidate.name)
+        mine = fates.get(name, [])
+        if candidate.kind == "raw" and not any(f.entry or f.reason == BATCHED for f in mine):
+            continue
+        selected = candidate.name in chosen
+        before = after = 0
+        for fate in mine:
+            key = (id(fate.graph), id(fate.entry))
+            if fate.entry is not None and key not in counted:
+                counted.add(key)
+                before += fate.entry.before
+                after += fate.entry.after
+        compressed = any(f.entry is not None and f.weight in f.entry.weights for f in mine)
+        reason = _reason(session, candidate, selected, mine)
+        if name != candidate.name:
+            reason = f"shares its weight with {name}, where it is counted"
+        yield _row(candidate, "compressed" if compressed else "exact", reason, before, after)
+
+
+def _row(candidate: Candidate, decision: Any, reason: str, before: int, after: int) -> Row:
+    return Row(candidate.name, candidate.shape, decision, reason, before, after)
+
+
+def _reason(session: Session, candidate: Candidate, selected: bool, mine: list[_Fate]) -> str:
+    static = why_not(candidate, session.velora if selected else None)
+    if static is not None:
+        return static
+    if not mine:
+        return "not part of any compiled training graph"
+    parts = dict.fromkeys(_one_reason(session, fate) for fate in mine)
+    return "; ".join(parts)
+
+
+def _one_reason(session: Session, fate: _Fate) -> str:
+    entry, names = fate.entry, fate.graph.names
+    if entry is None:
+        return f"pattern not recognised: {fate.reason}"
+    if fate.graph.variant.record.failure:
+        return f"the rewrite failed and was undone ({fate.graph.variant.record.failure})"
+    if fate.weight not in entry.weights:
+        return f"{_not_selected(session)}; {EXACT_FATES[entry.fate]}"
+    by = " and ".join(_reader(reader, names) for reader in entry.kept_by) or "the caller"
+    reason = FATES[entry.fate].format(by=by)
+    others = [names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != fate.weight]
+    if others:
+        reason += f" (x shared with {', '.join(others)})"
+    leader = names.get(entry.leader, "") if entry.leader is not None else ""
+    if sentence := session.means.sentence(leader):
+        reason += f"; {sentence}"
+    if session.full is not None:
+        reason += f"; its gradient and Adam state stay full-size: {session.full}"
+    return reason
+
+
+def _not_selected(session: Session) -> str:
+    if session.velora is None:
+        return "velora is off"
+    sites = session.velora.sites
+    return f"not selected by sites={sites!r}" if isinstance(sites, str) else "not selected by sites"
+
+
+def _reader(reader: str, names: dict[int, str]) -> str:
+    if reader.startswith("weight:"):
+        position = int(reader.removeprefix("weight:"))
+        return f"the exact gradient of {names.get(position, 'another weight')}"
+    return reader
+
+
+def _latest(graphs: list[Binding]) -> list[GraphRecord]:
+    """The last record of each piece of the program: a recompile replaces its forerunner."""
+    pieces: dict[frozenset[str], GraphRecord] = {}
+    for graph in graphs:
+        pieces[frozenset(graph.names.values())] = graph.variant.record
+    return list(pieces.values())
+
+
+def _totals(records: list[GraphRecord]) -> dict[str, Any]:
+    return {
+        "graphs": len(records),
+        "saved_bytes_before": sum(r.kept_before for r in records),
+        "saved_bytes_after": sum(r.kept_after for r in records),
+        "absent_bytes": sum(sum(r.absent.values()) for r in records),
+        "formula_before": " + ".join(r.formula_before for r in records),
+        "formula_after": " + ".join(r.formula_after for r in records),
+        "peak_bytes_before": _peak(records, "before"),
+        "peak_bytes_after": _peak(records, "after"),
+    }
+
+
+def _peak(records: list[GraphRecord], when: str) -> int:
+    return max((r.memory[when].peak_bytes for r in records if when in r.memory), default=0)
+
+
+def _state_totals(rows: tuple[OptimizerRow, ...]) -> dict[str, int]:
+    return {
+        "state_bytes_before": sum(row.bytes_before for row in rows),
+        "state_bytes_after": sum(row.bytes_after for row in rows),
+    }
+
+
+def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
+    before, after = totals["saved_bytes_before"], totals["saved_bytes_after"]
+    line = (
+        f"saved for backward, parameters apart: {before:,} bytes by torch.compile's default, "
+        f"{after:,} by memrewrite"
+    )
+    if before:
+        line += f" ({after / before:.2f} x)"
+    if totals["absent_bytes"]:
+        line += (
+            f"\ngradients that a loss does not give its other outputs are not filled in: "
+            f"{totals['absent_bytes']:,} bytes of zeros"
+        )
+    failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]
+    return line + "".join(f"\nREWRITE FAILED, exact graph kept: {f}" for f in failures)

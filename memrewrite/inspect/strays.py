@@ -1,0 +1,193 @@
+"""Notice models that train without us: copies, loaded pickles, calls that go around ours.
+
+A copy of a compiled model is an eager model, and an outer torch.compile (a trainer's own
+flag, say) traces through a compiled one with its own backend. Only at an optimizer's step
+is it certain that such a model trains and does not merely evaluate, as an average of
+weights does. So every step asks, at the price of comparing a few counters:
+
+    a model of ours whose parameters step without a counted call    someone goes around us
+    parameters of a copy, which told us when it was made             it was not compiled
+    a parameter that bears our mark and belongs to no model of ours  it was loaded, or taken out
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from memrewrite.errors import warn
+from memrewrite.optim.full_gradients import uncompiled
+
+if TYPE_CHECKING:
+    from memrewrite.session.session import Session
+
+MARK = "_memrewrite"  # a name in a model's and in a parameter's __dict__
+COMPILED = "compiled"
+QUIET = 3  # steps in a row without a call, of a model that had some
+_followed: list[weakref.ref[Session]] = []
+_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_changes = [0]  # models compiled, restored and copied so far
+_installed: list[Any] = []
+
+
+class Origin:
+    """In a compiled model's __dict__: is told of its deep copies, and pickles as a string."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        model = self.model()
+        copied = memo.get(id(model))  # made before its contents are copied
+        if model is None or not isinstance(copied, nn.Module):
+            return COMPILED
+        _copies.add(copied)
+        _changes[0] += 1
+        return Origin(copied)
+
+    def __reduce__(self) -> Any:
+        return str, (COMPILED,)
+
+
+@dataclass
+class _Stepped:
+    """A model of ours, in the hands of one optimizer."""
+
+    session: weakref.ref[Session]
+    calls: int = 0  # that it had had at the last step
+    quiet: int = 0  # steps since then
+
+
+@dataclass
+class _Known:
+    """What an optimizer steps, read off its parameters once."""
+
+    key: tuple[int, int]
+    ours: list[_Stepped] = field(default_factory=list)
+    copies: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    marked: list[nn.Parameter] = field(default_factory=list)  # of no model that we know
+
+
+_known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
+
+
+def follow(session: Session, model: nn.Module) -> None:
+    """Watch a model that has just been compiled, and what is copied from it."""
+    _followed.append(weakref.ref(session))
+    _changes[0] += 1
+    _copies.discard(model)
+    model.__dict__[MARK] = Origin(model)
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in (trained or parameters)[:1]:  # torch.save keeps this, a state_dict does not
+        parameter.__dict__[MARK] = COMPILED
+    if not _installed:
+        _installed.append(register_optimizer_step_post_hook(uncompiled(_after_step)))
+
+
+def forget(session: Session, model: nn.Module) -> None:
+    """Ask no more of a session: its model runs eagerly again."""
+    _followed[:] = [reference for reference in _followed if reference() not in (session, None)]
+    _changes[0] += 1
+    model.__dict__.pop(MARK, None)
+    for parameter in model.parameters():
+        parameter.__dict__.pop(MARK, None)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    known = _known.get(optimizer)
+    if known is None or known.key != (_changes[0], count):
+        known = _known[optimizer] = _look(optimizer, (_changes[0], count), known)
+    for stepped in known.ours:
+        session = stepped.session()
+        if session is None:
+            continue
+        if session.calls.total != stepped.calls:
+            stepped.calls, stepped.quiet = session.calls.total, 0
+        else:
+            _went_around(stepped, session)
+    if known.copies and _moved(p for group in optimizer.param_groups for p in group["params"]):
+        _copied(known)
+    if known.marked and _moved(known.marked):
+        _unknown(known)
+
+
+def _look(optimizer: Optimizer, key: tuple[int, int], before: _Known | None) -> _Known:
+    mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    known, claimed = _Known(key), set[int]()
+    old = {id(s.session()): s for s in before.ours} if before else {}
+    for session in [s for s in (reference() for reference in _followed) if s is not None]:
+        model = session.model()
+        ids = {id(p) for p in model.parameters()} if model is not None else set()
+        claimed |= ids
+        if not ids.isdisjoint(mine):
+            known.ours.append(old.get(id(session)) or _Stepped(weakref.ref(session)))
+    for copied in _copies:
+        ids = {id(p) for p in copied.parameters()} - claimed
+        claimed |= ids
+        if not ids.isdisjoint(mine):
+            known.copies.append(weakref.ref(copied))
+    known.marked = [p for p in mine.values() if id(p) not in claimed and MARK in p.__dict__]
+    return known
+
+
+def _went_around(stepped: _Stepped, session: Session) -> None:
+    model = session.model()
+    compiled = session.called and not session.calls.total  # what runs it is not its call
+    if model is None or compiled or "around" in session.calls.told:
+        return
+    if not _moved(model.parameters()):
+        return
+    stepped.quiet += 1
+    if session.calls.total and stepped.quiet < QUIET:
+        return  # two optimizers may step after one call
+    session.calls.told.add("around")
+    name = type(model).__name__
+    if not session.calls.total:
+        told = f"{name} took an optimizer step, but memrewrite's passes never ran on it"
+    else:
+        told = f"{QUIET} optimizer steps moved {name} without a training call of it"
+    warn(
+        f"{told}: an outer torch.compile (or a trainer's torch_compile flag) took over, or what is "
+        "called is not this module but a shallow copy of it, or one inside it, as DDP does. Turn "
+        "the outer compile off, or call memrewrite.compile on the module that is called. GaLore "
+        "with full gradients, which works in the optimizer alone, is not affected"
+    )
+
+
+def _copied(known: _Known) -> None:
+    names = sorted({type(m).__name__ for m in (r() for r in known.copies) if m is not None})
+    known.copies.clear()
+    if names:
+        warn(
+            f"an optimizer trains a copy of a model ({', '.join(names)}) that memrewrite compiled: "
+            "a copy is an eager model, so nothing of it is rewritten. Compile it as well, "
+            "memrewrite.compile(copy, ...), before its first step"
+        )
+
+
+def _unknown(known: _Known) -> None:
+    shapes = ", ".join(str(tuple(p.shape)) for p in known.marked[:3])
+    known.marked.clear()
+    warn(
+        f"an optimizer trains parameters (one of shape {shapes}) of a model that was compiled by "
+        "memrewrite when it was saved, or that they were taken out of: they are an eager model's "
+        "now, so nothing is rewritten. Compile what you loaded, memrewrite.compile(model, ...)"
+    )
+
+
+def _moved(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether any gradient says anything: checkpointing tools step on zeros to make state."""
+    return any(_nonzero(p.grad) for p in parameters if p.grad is not None)
+
+
+def _nonzero(gradient: Tensor) -> bool:
+    local: Any = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    values: Tensor = local.coalesce().values() if local.is_sparse else local
+    return bool((values != 0).any())

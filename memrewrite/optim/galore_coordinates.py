@@ -1,0 +1,79 @@
+"""GaLore's gradients that come in coordinates: R from what came, and what is to come next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from memrewrite.gradients import range_finder, sketch
+from memrewrite.gradients.basis import Projector, Sketch, equal
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.optim.attachment import Attachment
+from memrewrite.optim.galore import Target, is_stale, mark_stale, prepare, take
+from memrewrite.optim.update import Kind
+
+
+def is_small(grad: Tensor) -> bool:
+    """True for a gradient in the coordinates of a projector, or a sketch of one."""
+    return (
+        isinstance(grad, ProjectedGrad) and not grad.is_dense and isinstance(grad.basis, Projector)
+    )
+
+
+def given(kind: Kind) -> Kind:
+    """The kind of update that takes R in place of the gradient."""
+    return replace(kind, given=True)
+
+
+def receive(
+    target: Target,
+    kind: Kind,
+    state: dict[str, Any],
+    grad: ProjectedGrad,
+    group: dict[str, Any],
+    attachment: Attachment,
+) -> tuple[Tensor | None, str | None]:
+    """(R, why a refresh failed); R is None where the gradient is in another projector."""
+    basis, small = grad.basis, grad.coordinates
+    assert isinstance(basis, Projector) and small is not None
+    fresh = not state
+    done = prepare(state, kind, grad, group["capturable"])
+    if not isinstance(basis, Sketch):
+        if fresh:
+            state["projector"] = basis.p
+            mark_stale(state, False)
+        return (small if equal(basis.p, state["projector"]) else None), None
+    failure = None
+    if fresh or target.is_due(done) or is_stale(state):
+        old = None if fresh else state["projector"]
+        new = sketch.refresh(small, basis, old, kind.rank, kind.shape)
+        mark_stale(state, isinstance(new, str))
+        if isinstance(new, range_finder.Refreshed):
+            take(target, kind, state, new, group, done)
+        elif new != range_finder.ZERO:
+            target.failures += 1
+            failure = f"at step {done + 1}: {new}"
+    else:
+        attachment.warn_once(
+            "sketch",
+            "an optimizer with projected state meets gradients that were sketched for a new "
+            "projector: it was loaded after the forward of this step. This one step goes by an "
+            "approximation of the gradients; load the optimizer before the first forward",
+        )
+    return sketch.coordinates(small, basis, state["projector"], kind.left), failure
+
+
+def announce(target: Target, kind: Kind, state: dict[str, Any]) -> None:
+    """Tell the session in which basis the next gradient is to come."""
+    bases, name = target.session.bases, target.name
+    if not state["projector"].is_contiguous():  # a compiled backward is specialised to strides
+        state["projector"] = state["projector"].contiguous()
+    if is_stale(state):  # the next gradient is sketched anew
+        bases.pop(name, None)
+        return
+    known, like = bases.get(name), target.parameter.detach()
+    due = target.is_due(int(state["step"]))
+    if due or known is None or known.p is not state["projector"]:
+        bases[name] = sketch.following(name, like, kind.rank, kind.left, state, due)

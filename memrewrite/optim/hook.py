@@ -1,0 +1,256 @@
+"""GaLore in the user's own optimizer: attached at its first step, with no line of code.
+
+A stock `torch.optim.Adam` or `AdamW` steps as it always does, except that it does not see
+the gradients of the projected parameters while it collects its own; after it those
+parameters take their rewritten update. State lives in `optimizer.state[p]`:
+
+    step ()   exp_avg, exp_avg_sq (r, D) or (O, r)   [max_exp_avg_sq]   projector (side, r)
+    projector_stale ()   1 where the latest refresh failed
+
+plain tensors, so `state_dict`, `load_state_dict` and `torch.load(weights_only=True)` know
+it already. Everything that can be refused is refused before anything is written, and an
+optimizer that has nothing to do with us is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from memrewrite.compiler.skipping import is_tracing
+from memrewrite.errors import warn
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.optim import membership
+from memrewrite.optim.attachment import Attachment, compiled, members, numbers_of, update_of
+from memrewrite.optim.full_gradients import give_full_gradients, uncompiled
+from memrewrite.optim.galore import Target, refresh_if_due
+from memrewrite.optim.galore_coordinates import announce, given, is_small, receive
+from memrewrite.optim.resume import go_on_from, store_vectors
+from memrewrite.optim.update import Update, build
+from memrewrite.optim.velora import FactoredKind
+from memrewrite.optim.velora_coordinates import (
+    spread_orphans,
+    step_densely,
+    takes,
+    update_factored,
+    warn_of_dense,
+    warn_of_scale,
+)
+from memrewrite.session.session import Session, live_sessions
+from memrewrite.sites.sharded import gathered, keep_shard
+
+_installed: list[Any] = []
+
+
+def install() -> None:
+    """Look at every optimizer step from now on. Idempotent."""
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(uncompiled(_before_step)))
+
+
+def attach(optimizer: Optimizer) -> None:
+    """`compile(optimizer)`: what its first step would do, now.
+
+    Raises ValueError where none of its parameters is projected, and whatever the first
+    step would raise.
+    """
+    if not membership.attached(optimizer).targets:
+        raise ValueError(
+            f"no parameter of this {type(optimizer).__name__} is projected: compile the model "
+            "first, memrewrite.compile(model, galore_rank=...), and build the optimizer over "
+            "its parameters"
+        )
+
+
+def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
+    """The optimizers that update projected or compressed parameters of a session."""
+    for optimizer, attachment in membership.attachments():
+        served = [target.session for target in attachment.targets.values()]
+        if any(one is session for one in (*served, *attachment.ported.values())):
+            yield optimizer, attachment
+
+
+def updates_of(session: Session) -> list[Update]:
+    """The compiled updates that a session's weights have had so far, one per kind."""
+    kinds: set[Any] = set()
+    for _, attachment in attachments(session):
+        targets = [t for t in attachment.targets.values() if t.session is session]
+        known = {target.known for target in targets if target.known is not None}
+        kinds |= known | {given(kind) for kind in known}
+        kinds |= {k for i, k in attachment.factored.items() if attachment.ported[i] is session}
+    backend = session.engine.backend
+    found = [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
+    # Not in the order of the process: another model may have compiled some of them before.
+    return sorted(found, key=lambda u: (isinstance(u.kind, FactoredKind), str(u.kind)))
+
+
+# --- around a step --------------------------------------------------------------------------
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
+    attachment = membership.attached(optimizer)
+    attachment.factored, attachment.dense, attachment.collected = {}, {}, False
+    if not attachment.state_hooks and live_sessions():
+        attachment.state_hooks = [
+            optimizer.register_state_dict_pre_hook(_store_vectors),
+            optimizer.register_load_state_dict_post_hook(_go_on),
+        ]
+    _complain_of_unserved()
+    if not membership.is_adam(optimizer):
+        warn_of_scale(optimizer, attachment)
+        told = partial(warn_of_dense, optimizer, attachment)
+        return give_full_gradients(optimizer, args, kwargs, told)
+    spread_orphans(optimizer, attachment)
+    if not attachment.serves:
+        return None
+    if attachment.post_hook is None:
+        attachment.post_hook = optimizer.register_step_post_hook(uncompiled(_update))
+        skipping = uncompiled(_skipping(weakref.ref(optimizer), attachment))
+        optimizer._init_group = skipping  # type: ignore[attr-defined]
+    # Ahead of the user's own post-hooks: the step that they follow is complete.
+    after: Any = optimizer._optimizer_step_post_hooks
+    after.move_to_end(attachment.post_hook.id, last=False)
+    return None
+
+
+def _store_vectors(optimizer: Optimizer) -> None:
+    """Ahead of `state_dict`: a resumed run needs v, and may have nothing but this dictionary."""
+    for session in live_sessions():
+        store_vectors(session, optimizer)
+
+
+def _go_on(optimizer: Optimizer) -> None:
+    """Behind `load_state_dict` in mid run: back to the best checkpoint, for one."""
+    for session in live_sessions():
+        go_on_from(session, optimizer)
+
+
+def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Callable[..., Any]:
+    """Adam's collection of parameters and gradients, blind to ours for as long as it runs."""
+
+    def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        membership.catch_up(optimizer, attachment)
+        attachment.collected = True
+        attachment.traced |= is_tracing()
+        ours = [p for p in group["params"] if takes(p, group, optimizer, attachment)]
+        grads = [p.grad for p in ours]
+        try:
+            for parameter in ours:
+                parameter.grad = None
+            return type(optimizer)._init_group(optimizer, group, *args, **kwargs)
+        finally:
+            for parameter, grad in zip(ours, grads, strict=True):
+                parameter.grad = grad
+
+    return init_group
+
+
+@torch.no_grad()
+def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    attachment = membership.attachment_of(optimizer)
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # GradScaler's
+    if found_inf is not None and bool(found_inf.item()):
+        return
+    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if not attachment.collected:  # a compiled step collected once, when it was traced
+        for group, parameter in members(optimizer):
+            takes(parameter, group, optimizer, attachment)
+    shared: dict[Any, tuple[Any, ...]] = {}
+    built = len(compiled)
+    with contextlib.ExitStack() as stack:
+        for device in {p.device.type for _, p in members(optimizer)}:
+            stack.enter_context(torch.autocast(device, enabled=False))  # as stock Adam is
+        for group, parameter in members(optimizer):
+            target, grad = attachment.targets.get(id(parameter)), parameter.grad
+            factored = attachment.factored.get(id(parameter))
+            if (target is None and factored is None) or grad is None:
+                continue
+            if grad_scale is not None:
+                grad.div_(grad_scale.to(grad.device))
+            if factored is not None:
+                session = attachment.ported[id(parameter)]
+                update_factored(factored, session, parameter, group, optimizer, shared)
+                continue
+            assert target is not None
+            failure = _update_one(target, group, grad, optimizer, attachment, shared)
+            if failure is not None:
+                attachment.warn_once("refresh", _refresh_failed(target, failure))
+        _step_densely(optimizer, attachment)
+    if len(compiled) > built:
+        served = [target.session for target in attachment.targets.values()]
+        for session in {*served, *attachment.ported.values()}:
+            session.changed(complete=True)
+
+
+def _step_densely(optimizer: Optimizer, attachment: Attachment) -> None:
+    dense = attachment.dense
+    for group in optimizer.param_groups if dense else []:
+        scales = {dense[id(p)].step_scale for p in group["params"] if id(p) in dense}
+        for scale in scales:
+            mine = [p for p in group["params"] if id(p) in dense]
+            mine = [p for p in mine if dense[id(p)].step_scale == scale]
+            step_densely(optimizer, group, mine, scale)
+
+
+def _update_one(
+    target: Target,
+    group: dict[str, Any],
+    grad: Tensor,
+    optimizer: Optimizer,
+    attachment: Attachment,
+    shared: dict[Any, tuple[Any, ...]],
+) -> str | None:
+    kind, state = target.kind(group), optimizer.state[target.parameter]
+    r, failure = None, None
+    if is_small(grad):
+        small: Any = grad
+        r, failure = receive(target, kind, state, small, group, attachment)
+    if r is None:
+        grad = grad.to_dense() if isinstance(grad, ProjectedGrad) else gathered(grad.detach())
+        failure = refresh_if_due(target, kind, state, grad, group)
+    update = update_of(kind if r is None else given(kind), target.session, build)
+    weight = gathered(target.parameter.detach())
+    tensors = [weight, grad if r is None else r.contiguous()]
+    tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
+    numbers = numbers_of(update, state["step"], group, shared)
+    update.apply([*tensors, state["projector"]], numbers)
+    keep_shard(target.parameter, weight)
+    if target.pushed:
+        announce(target, kind, state)
+    return failure
+
+
+def _refresh_failed(target: Target, failure: str) -> str:
+    return (
+        f"GaLore could not refresh the projector of {target.name} "
+        f"{tuple(target.parameter.shape)} {failure}. The old one stays, and the next step "
+        "tries again; memrewrite.report counts further ones silently"
+    )
+
+
+def _complain_of_unserved() -> None:
+    """A model that trains, by somebody else's parameters: a copy's, or a sharded wrapper's."""
+    for session in live_sessions():
+        model = session.model()
+        if session.galore is None or session.unserved_steps > membership.PATIENCE or model is None:
+            continue
+        if not session.called or all(p.grad is None for p in model.parameters()):
+            continue  # it is not being trained
+        session.unserved_steps += 1
+        if session.unserved_steps == membership.PATIENCE:
+            warn(
+                f"{membership.PATIENCE} optimizer steps after galore_rank was asked for a model, "
+                "no optimizer has stepped its parameters, so no state is projected: build the "
+                "optimizer over the parameters of the compiled model itself"
+            )

@@ -1,0 +1,178 @@
+"""Adam over coordinates: the update of a weight whose gradient is A (x) v.
+
+State of such a weight, plain tensors in `optimizer.state[p]`:
+
+    step ()   exp_avg, exp_avg_sq (O, G)   [max_exp_avg_sq (O, G)]   vector (M,)
+
+where the weight is (D, O), moments are (G, O).
+
+The trajectory is that of stock Adam on the full gradient (`passes.update.factor`). Where the next
+update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
+the full-size moments that it stands for, exactly, and stock Adam goes on.
+The vector is stored as `resume.pack` has it, and serves to compare: updates read the v of their
+gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+
+from memrewrite.compiler import pipeline
+from memrewrite.compiler.backend import Engine, compile_update
+from memrewrite.gradients.basis import Vector, spread
+from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.gradients.packing import VECTOR, pack, unpack
+from memrewrite.optim.update import Update, add_input, capture
+from memrewrite.record.listing import listing
+from passes.base import Pass
+from passes.lower import lower_ir_ops
+from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
+from passes.update.factor import SQUARE, V, factor_updates
+from passes.update.pieces import cut
+
+MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
+FULL_SIZE = "its optimizer state is full-size already"
+EXAMPLE = 7  # rows of a dynamic one, when it is captured
+HELD = {1: V, 2: V, 3: SQUARE, 4: SQUARE}  # arguments of a captured update: see `update.capture`
+
+
+@dataclass(frozen=True)
+class FactoredKind:
+    """All that distinguishes one compiled update from another.
+
+    Where M divides D, W is nothing but rows of M channels: every such weight shares one
+    update, whose number of rows is dynamic, and `shape` is an example.
+    """
+
+    shape: tuple[int, int]  # of W: (O, D), or rows of (M,); (D, O) if left
+    dynamic: bool
+    dtype: torch.dtype
+    device: torch.device
+    size: int  # M
+    amsgrad: bool
+    maximize: bool
+    decays: bool
+    decoupled: bool = True
+    left: bool = False
+
+
+def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> FactoredKind:
+    """The update that a parameter takes in its group."""
+    flags = group["amsgrad"], group["maximize"], group["weight_decay"] != 0
+    rows, columns, size = *parameter.shape, len(basis.v)
+    dynamic = columns % size == 0 and parameter.is_contiguous() and not basis.left
+    shape = (EXAMPLE, size) if dynamic else (rows, columns)
+    described = shape, dynamic, parameter.dtype, parameter.device, size, *flags
+    return FactoredKind(*described, left=basis.left)
+
+
+def build(kind: FactoredKind, engine: Engine) -> Update:
+    """Capture torch's update, factor it, lower and compile it."""
+    gm = capture(kind, dynamic=kind.dynamic)
+    vector_dtype = _wide(kind.dtype)
+    at = add_input(gm, "vector", (kind.size,), vector_dtype)
+    traced = [("captured", listing(gm.graph))]
+
+    def after(one: Pass, graph: Graph) -> None:
+        traced.append((one.name, listing(graph)))
+
+    held = {place: basis for place, basis in HELD.items() if place < 4 or kind.amsgrad}
+    todo = [hyperparameters_as_inputs(), lower_fused_adam()]
+    todo += [factor_updates(0, at, held, kind.left), lower_ir_ops()]
+    steps = pipeline.run(gm, todo, after)
+    pieces = cut(gm, vector_dtype)
+    return Update(kind, traced, steps, pieces, compile_update(pieces.body, engine, kind.dynamic))
+
+
+def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """Why the coming update of a parameter cannot be factored, its v apart; None where it can."""
+    gradient = parameter.grad
+    if not isinstance(gradient, ProjectedGrad) or gradient.is_dense:
+        return "its gradient is dense"
+    if not isinstance(gradient.basis, Vector):
+        return "its gradient is a projection"
+    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+        return "an L2 decay is no multiple of v: use AdamW, or weight_decay=0"
+    if group["differentiable"]:
+        return "differentiable=True needs the full update"
+    if state and VECTOR not in state:
+        return FULL_SIZE
+    return None
+
+
+def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) -> dict[str, Any]:
+    """The state before the first step."""
+    assert gradient.coordinates is not None
+    device = kind.device if capturable else torch.device("cpu")
+    zeros = {name: torch.zeros_like(gradient.coordinates) for name in moments(kind)}
+    v = pack(_vector(gradient).detach(), gradient.dtype).clone()
+    return {"step": torch.zeros((), device=device), **zeros, VECTOR: v}
+
+
+def moments(kind: FactoredKind) -> list[str]:
+    """Those that the state has."""
+    return list(MOMENTS)[: 3 if kind.amsgrad else 2]
+
+
+def agrees(state: dict[str, Any], v: Tensor) -> bool:
+    """Whether the moments of a factored state are along v (M,)."""
+    held: Tensor = state[VECTOR]
+    if held.ndim == 1 and held.dtype != v.dtype:  # written before it was packed, then cast
+        return torch.equal(held, v.to(held.dtype))
+    return torch.equal(unpack(held, v.dtype), v)
+
+
+def is_untouched(state: dict[str, Any]) -> bool:
+    """Whether every moment is zero: such moments are along any v."""
+    return not any(bool(state[name].any()) for name in MOMENTS if name in state)
+
+
+def turn(state: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Give a factored state whose moments are zero the v of the gradient."""
+    gradient: Any = parameter.grad
+    state[VECTOR] = pack(_vector(gradient).detach(), gradient.dtype).clone()
+
+
+def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -> list[Tensor]:
+    """What a compiled update takes: W, A, m, s, (the maximum,) v."""
+    gradient = parameter.grad
+    assert isinstance(gradient, ProjectedGrad) and gradient.coordinates is not None
+    small = [gradient.coordinates.contiguous(), *(state[name] for name in moments(kind))]
+    weight = parameter.detach()
+    if kind.dynamic:
+        weight, small = _rows(weight, kind.size), [_rows(t, 1) for t in small]
+    return [weight, *small, _vector(gradient)]
+
+
+def _vector(gradient: ProjectedGrad) -> Tensor:
+    assert isinstance(gradient.basis, Vector)  # `obstacle` has seen to it
+    return gradient.basis.v
+
+
+def _rows(tensor: Tensor, columns: int) -> Tensor:
+    """The same memory as (rows, columns), and no view: a compiler specialises to a view's base."""
+    shape = tensor.numel() // columns, columns
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of v."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    """The full-size state that factored state stands for, in its place."""
+    v = unpack(state.pop(VECTOR), _wide(parameter.dtype))
+    for name, basis in MOMENTS.items():
+        if name in state:
+            w = v * v if basis == SQUARE else v
+            left = state[name].shape[0] != parameter.shape[0]  # alike only where M is 1, v too
+            state[name] = spread(state[name], w, parameter.shape, left)
+    if group["fused"] or group["capturable"]:
+        state["step"] = state["step"].to(parameter.device)

@@ -1,0 +1,347 @@
+"""Data parallel: small gradients past the reducer of DistributedDataParallel.
+
+The reducer copies each gradient into a bucket of its full size, and back: a small gradient
+is then dense. So a DDP whose model runs graphs of ours is adopted, in the first forward that
+does: its reducer is built again without the weights whose gradients may come small, in the
+way DDP itself builds it from a pickle, and `Averager` takes the mean of theirs. When:
+
+    a forward with gradients, outside of no_sync, puts a hook on DDP's outputs; the first one
+    that backward meets queues one callback for the end of that backward, where all gradients
+    have been accumulated. It is the outermost backward, whatever checkpointing runs within.
+
+What DDP offers and this cannot serve is met before a graph is compiled: its gradients stay
+full-size, the reducer keeps them, and one warning says why. The only file that knows private
+parts of torch.distributed; read and run on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from memrewrite.errors import UnsupportedError
+from memrewrite.gradients.basis import Basis
+from memrewrite.parallel.averaging import Averager
+from memrewrite.session.selection import small_weights
+from memrewrite.sites.sharded import is_sharded as is_dtensor
+
+if TYPE_CHECKING:
+    from memrewrite.session.session import Session
+
+PARTS = (
+    *("_active_ddp_module", "_build_params_for_reducer", "_build_debug_param_to_name_mapping"),
+    *("_ddp_init_helper", "_post_forward", "_remove_autograd_hooks"),
+)
+AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
+KNOWN = all(hasattr(DDP, part) for part in PARTS)
+
+
+def active() -> Any:
+    """The DDP whose forward is running, if one is."""
+    return DDP._active_ddp_module if KNOWN else None
+
+
+def inner(model: Any) -> Any:
+    """What a DDP wraps: names, sites and state are those of the model itself."""
+    while isinstance(model, DDP):
+        model = model.module
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard holds parameters of a model, which are whole while a block runs."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded by whoever uses it
+    kind = getattr(fsdp, "FSDPModule", ())
+    if any(isinstance(module, kind) for module in model.modules()):
+        return True
+    return any(map(is_dtensor, model.parameters()))
+
+
+def obstacle(ddp: Any) -> str | None:
+    """Why the gradients of a DDP's model have to stay full-size; None where they may be small."""
+    if ddp._join_config.enable:
+        return "DDP runs with uneven inputs (join), whose other ranks shadow full gradients"
+    if ddp.mixed_precision is not None:
+        return "DDP's mixed_precision swaps the parameters during a forward"
+    if ddp._delay_all_reduce_params:
+        return "DDP's delay_all_reduce_named_params owns gradients as parts of one buffer"
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.module.parameters()):
+        return "an optimizer in backward steps on the reducer's buckets"
+    hooks = [getattr(hook, "__name__", str(hook)) for hook, _ in ddp._comm_hooks]
+    strange = [name for name in hooks if name not in AVERAGING]
+    if not hooks and (built_in := ddp._get_ddp_logging_data().get("comm_hook")):
+        strange = [str(built_in)]
+    if strange:
+        return f"DDP's communication hook {strange[0]} decides what happens to gradients"
+    return None
+
+
+# --- one adopted DDP ---------------------------------------------------------------------
+
+
+class Replica:
+    """What stands beside the reducer of one DDP. It does not keep the DDP alive."""
+
+    def __init__(self, ddp: Any) -> None:
+        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.ddp = weakref.ref(ddp)
+        self.averager = Averager([])
+        self.handles: list[Any] = []
+        self.hooks = len(ddp._comm_hooks)
+        self.armed = False  # the coming backward is to be averaged
+        self.queued = False
+
+    def take(self, weights: dict[str, nn.Parameter]) -> None:
+        """These weights are ours from now on."""
+        self.averager = Averager(list(weights.items()), self.averager.sent)
+        self.release()
+        queue = _weakly(self, outermost=False)  # where `_tensors` finds no output
+        plain: list[Any] = list(weights.values())
+        self.handles = [w.register_post_accumulate_grad_hook(queue) for w in plain]
+
+    def release(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def arm(self, output: Any) -> None:
+        """After a forward whose backward is to be averaged."""
+        self._check()
+        self.armed, self.queued = True, False
+        queue = _weakly(self, outermost=True)
+        tensor: Any
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(queue)  # returns None: leaves the gradient as it is
+
+    def _check(self) -> None:
+        ddp: Any = self.ddp()
+        changed = ddp._join_config.enable or len(ddp._comm_hooks) != self.hooks
+        if changed and (reason := obstacle(ddp)) is not None:
+            weights = self.averager.weights
+            raise UnsupportedError(
+                f"{reason}; it was set up after the first forward, when the gradients of "
+                f"{len(weights)} weights already came small (for one, {weights[0][0]} "
+                f"{tuple(weights[0][1].shape)}): set it up before, or pass gradients='dense' "
+                "to memrewrite.VeLoRA and GaLore"
+            )
+
+    def queue(self) -> None:
+        """Take the means at the end of the backward that is running."""
+        self.queued = True
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        ddp = self.ddp()
+        if self.armed and ddp is not None:
+            self.armed = self.queued = False
+            self.averager.average(ddp.process_group, self._basis_of)
+
+    def _basis_of(self, weight: nn.Parameter) -> Basis | None:
+        graphs = (graph for session in self.sessions for graph in session.graphs)
+        bindings = ((g.session, b) for g in graphs for b in g.bindings.values())
+        found = (binding.basis_of(session, weight) for session, binding in bindings)
+        return next((basis for basis in found if basis is not None), None)
+
+
+def _weakly(replica: Replica, outermost: bool) -> Callable[[Any], None]:
+    """A hook. outermost: no other backward is around the one that calls it."""
+    reference = weakref.ref(replica)
+
+    def queue(_: Any) -> None:
+        known = reference()
+        if known is not None and known.armed and not known.queued:
+            if not outermost:
+                _check_outermost()
+            known.queue()
+
+    return queue
+
+
+def _check_outermost() -> None:
+    """Raise UnsupportedError inside a reentrant checkpoint: other gradients come after its end."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "backward" and code.co_filename.endswith("checkpoint.py"):
+            raise UnsupportedError(
+                "no tensor is found in the output of a DDP whose model uses reentrant "
+                "checkpointing, so the end of its backward cannot be seen: return tensors in "
+                "lists, dictionaries or data classes, pass use_reentrant=False, or pass "
+                "gradients='dense' to memrewrite.VeLoRA and GaLore"
+            )
+        frame = frame.f_back
+
+
+_replicas: weakref.WeakKeyDictionary[Any, Replica] = weakref.WeakKeyDictionary()
+
+
+def replica_of(ddp: nn.Module) -> Replica | None:
+    """What an adopted DDP was given."""
+    return _replicas.get(ddp)
+
+
+def adopt(session: Session) -> None:
+    """In a call of one of this session's graphs: see to the DDP that it runs in.
+
+    Without gradients as well: a reentrant checkpoint runs with them in backward alone.
+    """
+    ddp = active()
+    if ddp is None:
+        return
+    replica = _replicas.get(ddp)
+    if session.full is None and (replica is None or session not in replica.sessions):
+        _adopt(ddp, session)
+
+
+def group_of(session: Session) -> Any:
+    """The process group whose ranks train this session's model together; None for one alone."""
+    dist, model, ddp = torch.distributed, session.model(), active()
+    if model is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    if ddp is None:  # a reentrant checkpoint runs in backward, after the forward of its DDP
+        first = next(model.parameters(), None)
+        ddp = next((d for d in _replicas if any(p is first for p in d.module.parameters())), None)
+    if ddp is None:
+        return dist.group.WORLD if is_sharded(model) else None
+    return None if ddp._join_config.enable else ddp.process_group
+
+
+def rehearsed() -> bool:
+    """Whether a graph is called by DDPOptimizer, which splits it while Dynamo compiles."""
+    return active() is not None and torch._guards.TracingContext.try_get() is not None
+
+
+def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Parameters and buffers, where DDPOptimizer compiles a part with copies without memory."""
+    modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    mode = next(modes, None) if active() is not None else None
+    if mode is None or model is None:
+        return inputs
+    real = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copy = mode.fake_tensor_converter._get_memo(tensor)
+        if copy is not None:
+            real[id(copy)] = tensor
+    return [real.get(id(value), value) for value in inputs]
+
+
+def foresee(session: Session) -> None:
+    """Before a graph is compiled: whether its gradients may come small at all."""
+    model, ddp = session.model(), active()
+    if session.full is not None or model is None:
+        return
+    if ddp is not None and (reason := obstacle(ddp)) is not None:
+        session.keep_full(reason)
+    if is_sharded(model):
+        session.keep_full("fully_shard takes full gradients and keeps a shard of each on a rank")
+
+
+def _adopt(ddp: Any, session: Session) -> None:
+    """Take the weights of all sessions at once: ranks may call them in another order."""
+    from memrewrite.session.session import live_sessions  # it imports what imports this
+
+    if (reason := obstacle(ddp)) is not None:
+        session.keep_full(reason)
+        return
+    replica = _replicas.get(ddp)
+    if replica is None:
+        _install()
+        replica = _replicas[ddp] = Replica(ddp)
+        weakref.finalize(ddp, replica.release)
+    replica.sessions |= {session, *live_sessions()}
+    ours = {id(weight) for _, weight in replica.averager.weights}
+    known = len(ours)
+    ours |= {id(weight) for one in replica.sessions for weight in small_weights(one)}
+    weights = {n: p for n, p in ddp.module.named_parameters() if id(p) in ours}
+    if len(weights) > known:
+        replica.take(weights)
+        _rebuild(ddp, ours)
+
+
+def _rebuild(ddp: Any, ours: set[int]) -> None:
+    """Another reducer, as DDP makes one from a pickle, without these parameters."""
+    ignored = ddp.parameters_to_ignore
+    names = {
+        f"{path}.{name}"  # as the reducer spells them
+        for path, module in ddp.module.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in ours
+    }
+    ddp._remove_autograd_hooks()
+    try:  # only for this: a copy of the DDP is trained without us
+        ddp.parameters_to_ignore = ignored | names
+        parameters, sparse = ddp._build_params_for_reducer()
+        if parameters:
+            mapping = ddp._build_debug_param_to_name_mapping(parameters)
+            with torch.enable_grad():
+                ddp._ddp_init_helper(parameters, sparse, mapping, ddp.static_graph)
+            _restore_settings(ddp)
+        else:
+            ddp.reducer = _Nothing()
+    finally:
+        ddp.parameters_to_ignore = ignored
+
+
+def _restore_settings(ddp: Any) -> None:
+    if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
+    dist: Any = torch.distributed
+    for hook, state in ddp._comm_hooks:
+        dist._register_comm_hook(ddp.reducer, state, hook)
+    if ddp.require_backward_grad_sync:
+        ddp.reducer.prepare_for_forward()  # DDP's forward has done it to the other one
+
+
+class _Nothing:
+    """A reducer of no parameters, which torch's own cannot be."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: None
+
+
+# --- around DDP's forward -------------------------------------------------------------------
+
+
+@functools.cache
+def _install() -> None:
+    """See the outputs of every forward. A hook on the module would make Dynamo trace it again."""
+    original: Any = DDP._post_forward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @functools.wraps(original)
+    def post_forward(ddp: Any, output: Any) -> Any:
+        output = original(ddp, output)
+        replica = _replicas.get(ddp)
+        if replica is not None and replica.averager.weights:
+            if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+                replica.arm(output)
+        return output
+
+    DDP._post_forward = post_forward  # type: ignore[method-assign]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those in lists, dictionaries and data classes: where DDP looks, too."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from _tensors(getattr(output, entry.name, None))

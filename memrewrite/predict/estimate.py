@@ -1,0 +1,310 @@
+"""estimate(model, *inputs): what a training step will take, before anything is run.
+
+The model is copied without memory, captured, rewritten and split exactly as it would be
+for training; no code is generated and no step is run. Saved bytes are then those of the
+compiled program; peaks are predictions from the liveness of its graphs.
+
+    forward    weights + state + what the forward holds at its worst moment
+    backward   weights + state + what is still saved, temporaries, gradients so far
+    step       weights + state + all gradients + the optimizer's temporaries
+    refresh    the same with a projector's decomposition in place of them; or the worst moment of
+               a step whose gradients are sketched, where they come in coordinates
+
+Code, the interpreter and what a library keeps for itself are not in these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+from tabulate import tabulate
+from torch import nn
+from torch.optim import Optimizer
+
+from memrewrite.compiler.liveness import dominates
+from memrewrite.errors import UnsupportedError
+from memrewrite.parallel.data_parallel import inner
+from memrewrite.predict.optimizer_state import Kept, state_of
+from memrewrite.predict.trace import factored_gradients, projected_gradients, trace
+from memrewrite.record.decision import GraphRecord, MemoryRecord
+from memrewrite.record.formulas import Bytes, largest, read, symbols_of
+from memrewrite.session.session import known_session
+from memrewrite.sites.options import refuse_options
+
+MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One way to train: bytes that are held, and predicted peaks of each phase.
+
+    saved: activations between forward and backward, exactly; inputs that backward reads
+        are among them.
+    refresh_peak: None where nothing is projected.
+    """
+
+    parameters: Bytes
+    buffers: Bytes
+    gradients: Bytes
+    optimizer_state: Bytes
+    saved: Bytes
+    forward_peak: Bytes
+    backward_peak: Bytes
+    step_peak: Bytes
+    refresh_peak: Bytes | None = None
+
+    @property
+    def peak(self) -> Bytes:
+        """Of a whole training step."""
+        peaks = [self.forward_peak, self.backward_peak, self.step_peak]
+        if self.refresh_peak is not None:
+            peaks.append(self.refresh_peak)
+        return largest(peaks)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plain and the rewritten program side by side; printable as a table.
+
+    symbols: what each free symbol stands for; empty unless dynamic.
+    dominates: the largest shares of the rewritten program's activation peak, in words.
+    """
+
+    plain: Program
+    rewritten: Program
+    symbols: dict[str, str]
+    dominates: str
+
+    def evaluate(self, **sizes: int) -> Estimate:
+        """The same in numbers, `evaluate(B=8, S=512)`. Raises ValueError for missing sizes."""
+        missing = sorted(set(self.symbols) - set(sizes))
+        if missing or set(sizes) - set(self.symbols):
+            known = ", ".join(f"{s} ({m})" for s, m in self.symbols.items()) or "no symbol"
+            raise ValueError(f"this estimate is in {known}; got {sorted(sizes) or 'nothing'}")
+        values = {sympy.Symbol(k, integer=True, positive=True): v for k, v in sizes.items()}
+
+        def number(value: Bytes) -> Bytes:
+            if isinstance(value, sympy.Max):
+                return max(map(number, value.args))
+            return int(value.subs(values)) if isinstance(value, sympy.Basic) else value
+
+        def program(of: Program) -> Program:
+            return Program(**{key: number(value) for key, value in vars(of).items()})
+
+        owners = f"at the sizes that were given to estimate: {self.dominates}"
+        return Estimate(program(self.plain), program(self.rewritten), {}, owners)
+
+    def largest(self, symbol: str, budget: int, **sizes: int) -> tuple[int, int]:
+        """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 for none.
+
+        The other symbols are fixed by `sizes`. Raises ValueError as `evaluate` does.
+        """
+
+        def fits(which: str, value: int) -> bool:
+            peak: int = getattr(self.evaluate(**{symbol: value}, **sizes), which).peak
+            return peak <= budget
+
+        def search(which: str) -> int:
+            high = 1
+            while fits(which, high) and high < 2**40:
+                high *= 2
+            low = high // 2
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(which, middle) else (low, middle)
+            return low
+
+        return search("plain"), search("rewritten")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; formulas as text."""
+
+        def plain(of: Program) -> dict[str, Any]:
+            values = {**vars(of), "peak": of.peak}
+            return {k: str(v) if isinstance(v, sympy.Basic) else v for k, v in values.items()}
+
+        return {
+            "torch.compile": plain(self.plain),
+            "memrewrite": plain(self.rewritten),
+            "symbols": dict(self.symbols),
+            "dominates": self.dominates,
+        }
+
+    def __str__(self) -> str:
+        keys = [*(k for k, v in vars(self.rewritten).items() if v is not None), "peak"]
+        rows = [
+            (k.replace("_", " "), getattr(self.plain, k), getattr(self.rewritten, k)) for k in keys
+        ]
+        meanings = [f"{symbol}: {meaning}" for symbol, meaning in self.symbols.items()]
+        return "\n".join(
+            [_formulas(rows) if self.symbols else _numbers(rows), "", *meanings, self.dominates]
+        )
+
+
+def _numbers(rows: list[tuple[str, Bytes, Bytes]]) -> str:
+    cells = [(name, _shown(a), _shown(b), _ratio(a, b)) for name, a, b in rows]
+    header = ("bytes", "torch.compile", "memrewrite", "ratio")
+    return tabulate(cells, header, tablefmt="simple", stralign="right", disable_numparse=True)
+
+
+def _formulas(rows: list[tuple[str, Bytes, Bytes]]) -> str:
+    """One below the other: they are long."""
+    lines = []
+    for name, before, after in rows:
+        lines += [name, f"  torch.compile  {_shown(before)}", f"  memrewrite     {_shown(after)}"]
+    return "\n".join(lines)
+
+
+def _shown(value: Bytes | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _ratio(before: Bytes | None, after: Bytes | None) -> str:
+    if isinstance(before, int) and isinstance(after, int) and before:
+        return f"{after / before:.3f}"
+    return ""
+
+
+def estimate(
+    model: nn.Module,
+    *args: Any,
+    optimizer: MakeOptimizer = None,
+    dynamic: bool = False,
+    **kwargs: Any,
+) -> Estimate:
+    """Predict the memory of training `model(*args, **kwargs)`; needs no memory of that size.
+
+    The rewritten program is that of the options the model was compiled with, by
+    `memrewrite.compile`; of exact rewrites alone where it was not. `optimizer` is an
+    optimizer over the model's parameters, a callable that makes one (`torch.optim.AdamW`),
+    or None for no state. With `dynamic=True` the sizes of the inputs are symbols: B and S are
+    the first two dimensions of the first input. Tensors on the meta device count as CPU's.
+
+    Raises UnsupportedError where capture fails, where nothing is trained, or where the
+    optimizer's state cannot be told.
+    """
+    refuse_options(model, kwargs, "estimate")
+    session, model = known_session(model), inner(model)
+    galore = session.galore if session else None
+    traced, fake = trace(model, args, kwargs, dynamic)
+    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [record for record in records if not record.inference]
+    if not records:
+        raise UnsupportedError(
+            "nothing in this call is trained: no parameter requires a gradient, or the model "
+            "runs under torch.no_grad()"
+        )
+    symbols = symbols_of(records)
+    small, pushed = factored_gradients(traced, fake), projected_gradients(traced, fake)
+    named = dict(model.named_parameters())
+    by_id = {id(named[name]): size for name, size in small.items()}
+    ids = [id(named[name]) for name in pushed]
+    plain, rewritten = state_of(model, optimizer, galore, by_id, ids)
+    gradients = {name: size for name, (size, _) in small.items()} | pushed
+    program = _program(fake, records, "after", rewritten, symbols, gradients)
+    if pushed:
+        program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
+    return Estimate(
+        _program(fake, records, "before", plain, symbols),
+        program,
+        {str(symbol): meaning for symbol, meaning in symbols.values()},
+        dominates(records),
+    )
+
+
+def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
+    """The estimate of a stack of like layers from those of three lower stacks, or None.
+
+    Legal where every figure grows by the same amount a layer: the three, at equal
+    distances, must lie on one line, figure by figure.
+    """
+    (a, first), (b, second), (c, third) = sorted(shallow.items())
+    if b - a != c - b:
+        raise ValueError(f"depths {a}, {b} and {c} are not equally far apart")
+
+    def line(of: str) -> Program | None:
+        values: dict[str, Bytes] = {}
+        for key, y in vars(getattr(first, of)).items():
+            z, w = (vars(getattr(other, of))[key] for other in (second, third))
+            if y is None:
+                values[key] = None
+            elif z - y != w - z or (w - z) % (c - b):
+                return None
+            else:
+                values[key] = w + (w - z) // (c - b) * (depth - c)
+        return Program(**values)
+
+    plain, rewritten = line("plain"), line("rewritten")
+    if plain is None or rewritten is None:
+        return None
+    return Estimate(
+        plain, rewritten, {}, f"from depths {a}, {b} and {c}; at {c}, {third.dominates}"
+    )
+
+
+# --- adding up -----------------------------------------------------------------------------
+
+
+def _with_sketches(
+    program: Program, model: nn.Module, args: Any, kwargs: Any, dynamic: bool, kept: Kept
+) -> Program:
+    """The same with the peak of the steps whose gradients are sketched for a new projector."""
+    traced, fake = trace(model, args, kwargs, dynamic, settled=False)
+    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [record for record in records if not record.inference]
+    peaks = _program(fake, records, "after", kept, symbols_of(records))
+    bases = sum(basis.p.nbytes for basis in traced.bases.values())  # beside the projectors
+    found = [peaks.forward_peak + bases, peaks.backward_peak + bases]
+    found += [] if program.refresh_peak is None else [program.refresh_peak]
+    return replace(program, refresh_peak=largest(found))
+
+
+def _program(
+    model: nn.Module,
+    records: list[GraphRecord],
+    when: str,
+    kept: Kept,
+    symbols: dict[str, Any],
+    small: Mapping[str, int] = MappingProxyType({}),
+) -> Program:
+    """Graphs run one after the other forward, and in reverse order backward."""
+    saved = [read(getattr(r, f"formula_{when}"), symbols) for r in records]
+    memory = [_memory(r, when) for r in records]
+    gradients = [m.gradients for m in memory]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    total = sum(small.get(name, p.nbytes) for name, p in trained)
+    parameters = sum(p.nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    always = parameters + buffers + kept.state
+    forward, backward = [], []
+    for index, record in enumerate(memory):
+        earlier = sum(saved[:index], 0)
+        later = sum(gradients[index + 1 :], 0)
+        forward += [always + earlier + read(peak, symbols) for peak in record.forward_peaks]
+        backward += [
+            always + earlier + later + read(peak, symbols) for peak in record.backward_peaks
+        ]
+    return Program(
+        parameters=parameters,
+        buffers=buffers,
+        gradients=total,
+        optimizer_state=kept.state,
+        saved=sum(saved, 0),
+        forward_peak=largest(forward),
+        backward_peak=largest(backward),
+        step_peak=always + total + kept.step,
+        refresh_peak=None if kept.refresh is None else always + total + kept.refresh,
+    )
+
+
+def _memory(record: GraphRecord, when: str) -> MemoryRecord:
+    memory = record.memory.get(when) or record.memory.get("before")
+    if memory is None:
+        raise UnsupportedError("a graph could not be followed; see the log for the reason")
+    return memory

@@ -1,0 +1,142 @@
+"""What an optimizer will hold, and what its step and a refresh need for a moment: by formula.
+
+Stock Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD one
+with momentum. A projected weight keeps what `projection.projected_numbers` says, one whose
+gradient comes as coordinates moments of these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from memrewrite.errors import UnsupportedError
+from memrewrite.gradients.range_finder import OVERSAMPLING
+from memrewrite.sites.eligible import Site, projected_numbers, sites_of
+from memrewrite.sites.options import GaLore
+
+MOMENTS: dict[type[Optimizer], Callable[[dict[str, Any]], int]] = {
+    optim.Adam: lambda group: 3 if group["amsgrad"] else 2,
+    optim.AdamW: lambda group: 3 if group["amsgrad"] else 2,
+    optim.NAdam: lambda group: 2,
+    optim.RAdam: lambda group: 2,
+    optim.Adamax: lambda group: 2,
+    optim.Adagrad: lambda group: 1,
+    optim.RMSprop: lambda group: 1 + bool(group["momentum"]) + bool(group["centered"]),
+    optim.SGD: lambda group: int(bool(group["momentum"])),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of an optimizer's state, of its step's temporaries, and of a refresh's."""
+
+    state: int
+    step: int = 0
+    refresh: int | None = None
+
+
+def state_of(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    galore: GaLore | None,
+    small: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    pushed: Collection[int] = (),
+) -> tuple[Kept, Kept]:
+    """(plain, rewritten) of an optimizer over all of a model's trained parameters.
+
+    small: by id of a parameter, the bytes of its gradient where that comes as coordinates, and
+        those of its v, which the state holds as well.
+    pushed: ids of parameters whose gradient comes in the projector's coordinates.
+    Raises UnsupportedError for an optimizer whose state is not known here.
+    """
+    if optimizer is None:
+        return Kept(0), Kept(0)
+    if not isinstance(optimizer, Optimizer):
+        optimizer = optimizer(model.parameters())
+    kind = type(optimizer)
+    if kind not in MOMENTS:
+        known = ", ".join(k.__name__ for k in MOMENTS)
+        raise UnsupportedError(f"the state of {kind.__name__} is not known here; known: {known}")
+    if galore is not None and kind not in (optim.Adam, optim.AdamW):
+        raise UnsupportedError(f"GaLore projects Adam and AdamW, not {kind.__name__}")
+    group = optimizer.param_groups[0]
+    moments = MOMENTS[kind](group)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = Kept(moments * sum(p.nbytes for p in trained), _temporaries(trained, group))
+    if galore is None and not small:
+        return plain, plain
+    factored = [p for p in trained if id(p) in small]
+    if kind not in (optim.Adam, optim.AdamW) or (
+        group["weight_decay"] and not group["decoupled_weight_decay"]
+    ):
+        dense = sum(p.nbytes for p in factored)  # built in each step
+        return plain, Kept(plain.state, plain.step + dense)
+    sites = sites_of(model, galore).projected if galore is not None else []
+    sites = [site for site in sites if id(site.candidate.parameter) not in small]
+    taken = {id(site.candidate.parameter) for site in sites} | small.keys()
+    rest = [p for p in trained if id(p) not in taken]
+    state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
+    state += sum(moments * small[id(p)][0] + small[id(p)][1] for p in factored)
+    given = [s for s in sites if id(s.candidate.parameter) in pushed]
+    others = [s for s in sites if id(s.candidate.parameter) not in pushed]
+    updates = [*map(_update, others), *(_update(s) // 2 for s in given)]  # of those, R is there
+    step = max([_temporaries(rest, group), *updates])
+    refreshes = [*(_refresh(s, galore) for s in others if galore), *map(_sketched, given)]
+    refresh = None if galore is None else max(refreshes, default=None)
+    return plain, Kept(state, step, refresh)
+
+
+def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
+    """Fused: none. foreach: one more of everything. One by one: three of the largest."""
+    if group.get("fused"):
+        return 0
+    sizes = [p.nbytes for p in parameters]
+    foreach = group.get("foreach")
+    if foreach or (foreach is None and any(p.device.type == "cuda" for p in parameters)):
+        return sum(sizes)
+    return 3 * max(sizes, default=0)
+
+
+def _projected(site: Site, moments: int) -> int:
+    parameter = site.candidate.parameter
+    numbers = projected_numbers(site.candidate.shape, site.rank, site.left, moments)
+    return numbers * parameter.element_size()
+
+
+def _update(site: Site) -> int:
+    """R and Z, (r, other) each, in float32 at least."""
+    _, other = _sides(site)
+    return 2 * site.rank * other * max(4, site.candidate.parameter.element_size())
+
+
+def _refresh(site: Site, galore: GaLore) -> int:
+    """The gradient in float32, normalised, and the factors of its decomposition."""
+    side, other = _sides(site)
+    size = site.candidate.parameter.element_size()
+    copies = 1 if size >= 4 else 2
+    if galore.refresh == "svd":
+        factors = side * min(side, other) + min(side, other) * other
+        factors += side * other  # LAPACK's own copy
+    else:
+        k = min(site.rank + OVERSAMPLING, side, other)
+        factors = 2 * k * (side + other)
+    return max(4, size) * (copies * side * other + factors)
+
+
+def _sketched(site: Site) -> int:
+    """The sketch, normalised, its factors, and R: (side, k) three times and (r, other)."""
+    side, other = _sides(site)
+    k = min(site.rank + OVERSAMPLING, other)
+    size = site.candidate.parameter.element_size()
+    return max(4, size) * (3 * side * k + site.rank * other)
+
+
+def _sides(site: Site) -> tuple[int, int]:
+    numel, rows = site.candidate.parameter.numel(), site.candidate.shape[0]
+    return (rows, numel // rows) if site.left else (numel // rows, rows)

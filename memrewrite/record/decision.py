@@ -1,0 +1,155 @@
+"""What one compile decided: plain data, written once, readable beside a warm cache.
+
+Sizes are bytes at the shapes of the compile; the formulas hold them symbolically where
+shapes are dynamic. Positions count the captured graph's arguments.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+HALVES = ("forward", "backward")
+
+
+@dataclass
+class InputRecord:
+    """One activation that weight gradients read, and its fate."""
+
+    weights: list[int]  # compressed through one z
+    exact_weights: list[int]  # not selected, same tensor
+    leader: int | None  # whose v is used; None where nothing is compressed
+    features: int  # D
+    bytes: int  # of the activation
+    z_bytes: int = 0  # of z, where z is kept
+    p_bytes: int = 0  # of x P of all weights that read x, where they are kept
+    before: int = 0  # kept by torch.compile's default partition
+    after: int = 0  # kept by ours: the activation, or z, or nothing
+    fate: str = "rebuilt"  # or "z saved", or "kept alive"
+    kept_by: list[str] = field(default_factory=list)
+
+
+@dataclass
+class KeptRecord:
+    """One tensor that a forward hands to its backward, in the order of the graph."""
+
+    name: str
+    module: str
+    operation: str
+    shape: list[int | str]  # a text where it is symbolic
+    dtype: str
+    bytes: int  # of its memory, at the first row that has it
+    lives_anyway: bool  # a parameter, a buffer or a v
+    compressed: bool
+    used_by: list[str]  # operations in backward
+
+    def fits(self, tensor: Tensor) -> bool:
+        """True where a tensor may be this one."""
+        return (
+            str(tensor.dtype) == self.dtype
+            and tensor.ndim == len(self.shape)
+            and all(
+                isinstance(w, str) or w == n for w, n in zip(self.shape, tensor.shape, strict=True)
+            )
+        )
+
+
+@dataclass
+class Culprit:
+    """A memory that lives at the peak."""
+
+    name: str
+    module: str
+    operation: str
+    bytes: int
+    kind: str  # saved, temporary, gradient, incoming, output, input
+
+
+@dataclass
+class MemoryRecord:
+    """Bytes over time of one graph's two halves; see `memrewrite.compiler.liveness`."""
+
+    forward: list[tuple[str, int]]  # (operation, bytes live while it runs)
+    backward: list[tuple[str, int]]
+    forward_peaks: list[str]  # formulas; the largest is the peak
+    backward_peaks: list[str]
+    gradients: int = 0  # bytes that backward returns
+    peak_bytes: int = 0
+    peak_half: str = "forward"
+    peak_index: int = 0
+    culprits: list[Culprit] = field(default_factory=list)  # the largest at the peak
+    composition: list[tuple[str, int]] = field(default_factory=list)  # all of it, by module
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MemoryRecord:
+        pairs = {key: [(str(o), int(b)) for o, b in data[key]] for key in (*HALVES, "composition")}
+        return cls(**{**data, **pairs, "culprits": [Culprit(**c) for c in data["culprits"]]})
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph: its inputs' fates and its totals."""
+
+    inference: bool = False
+    inputs: list[InputRecord] = field(default_factory=list)
+    kept: list[KeptRecord] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    factored: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
+    ported: list[int] = field(default_factory=list)  # those of which A alone is returned
+    projected: list[int] = field(default_factory=list)  # weights with a gradient P R or R P^T
+    absent: dict[int, int] = field(default_factory=dict)  # outputs whose gradient may be: bytes
+    kept_before: int = 0
+    kept_after: int = 0
+    formula_before: str = ""
+    formula_after: str = ""
+    memory: dict[str, MemoryRecord] = field(default_factory=dict)  # "before", "after"
+    symbols: dict[str, str] = field(default_factory=dict)  # dynamic sizes: s77 -> "0.1"
+    failure: str = ""  # why the rewrite was undone, if it was
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
+
+    def show(self, stage: str, text: str) -> None:
+        """Keep a graph's listing, compressed: about a sixth of its size."""
+        packed = base64.b64encode(zlib.compress(text.encode(), 6)).decode()
+        self.stages.append((stage, packed))
+
+    def listings(self) -> list[tuple[str, str]]:
+        """(stage, listing) in the order of the compile."""
+        unpacked = []
+        for stage, packed in self.stages:
+            text = zlib.decompress(base64.b64decode(packed)).decode()
+            unpacked.append((stage, text))
+        return unpacked
+
+    def store(self, path: Path) -> None:
+        """Write to `path`; a cache that cannot be written costs a compile, never a run."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{id(self)}.tmp")
+            temporary.write_text(json.dumps(asdict(self)))
+            temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> GraphRecord | None:
+        """What `store` wrote there, or None."""
+        try:
+            data = json.loads(path.read_text())
+            inputs = [InputRecord(**item) for item in data["inputs"]]
+            kept = [KeptRecord(**item) for item in data["kept"]]
+            refused = {int(weight): reason for weight, reason in data["refused"].items()}
+            absent = {int(output): size for output, size in data["absent"].items()}
+            stages = [(stage, packed) for stage, packed in data["stages"]]
+            memory = {k: MemoryRecord.from_json(v) for k, v in data["memory"].items()}
+            read: dict[str, Any] = {"inputs": inputs, "kept": kept, "refused": refused}
+            read["absent"] = absent
+            read |= {"stages": stages, "memory": memory}
+            return cls(**{**data, **read})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None

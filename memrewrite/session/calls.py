@@ -1,0 +1,117 @@
+"""Count the calls of a compiled model that train, and those that ran none of our graphs.
+
+Dynamo decides call by call whether compiled code runs; where it does not, the model runs
+as it is, trains correctly, and saves nothing. Each such kind of miss is told once, with
+its remedy, and the report counts them. Where a miss need not last (an exception, a
+profiler's mode), Dynamo is made to look at the next call again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from memrewrite.compiler import skipping
+from memrewrite.errors import warn
+
+if TYPE_CHECKING:
+    from memrewrite.session.session import Session
+
+WINDOW = 100  # calls that the report looks back on
+LOOKS = 8  # times that Dynamo is made to look again at a model, which traces it each time
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Calls:
+    """The calls of one model that trained, and which of them missed."""
+
+    total: int = 0
+    missed: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    looks: int = LOOKS
+    raised: int = 0  # exceptions
+    told: set[str] = field(default_factory=set)  # kinds of cause
+    cause: str = ""  # of the last miss
+
+    def recent(self) -> tuple[int, int]:
+        """(missed, all) of the last calls, at most WINDOW."""
+        return sum(n > self.total - WINDOW for n in self.missed), min(self.total, WINDOW)
+
+    def line(self) -> str:
+        """What the report says of them; nothing where none was missed."""
+        missed, recent = self.recent()
+        if not missed:
+            return ""
+        return f"{missed} of the last {recent} calls did not run the rewritten graph: {self.cause}"
+
+
+def watched(session: Session, call: Callable[..., Any], compiled: Callable[..., Any]) -> Any:
+    """The compiled call of a model, counted. `call` is what it compiles.
+
+    An outer compiler traces through it, as through the compiled call itself.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled(*args, **kwargs)
+        before = session.ran
+        try:
+            result = compiled(*args, **kwargs)
+        except Exception as error:
+            _raised(session, error)
+            raise
+        if session.ran != before:
+            session.calls.total += 1
+        elif torch.is_grad_enabled():
+            _missed(session, call, result)
+        return result
+
+    skipping.exempt(run)
+    return run
+
+
+def _raised(session: Session, error: Exception) -> None:
+    """Dynamo skips from now on what raised while it ran as it is: have it look again."""
+    calls = session.calls
+    calls.raised += 1
+    if calls.looks:
+        calls.looks -= 1
+        skipping.look_again(skipping.ran_as_they_are(error.__traceback__))
+
+
+def _missed(session: Session, call: Any, result: Any) -> None:
+    model, calls = session.model(), session.calls
+    if model is None or skipping.traced_by_jit() or not _trains(model, result):
+        return
+    calls.total += 1
+    calls.missed.append(calls.total)
+    raised = 0 if calls.looks else calls.raised
+    cause = skipping.why(model, call.__code__, session.failure, session.foreign, raised)
+    session.foreign = False
+    if cause.passing and calls.looks:
+        calls.looks -= 1
+        skipping.look_again([call.__code__, *skipping.forwards(model)])
+    calls.cause = f"{cause.reason}; {cause.remedy}"
+    log.info("a call of %s ran as it is: %s", type(model).__name__, calls.cause)
+    if cause.kind not in calls.told:
+        calls.told.add(cause.kind)
+        warn(
+            f"a training call of {type(model).__name__} did not run the rewritten graph, so it "
+            f"keeps all activations and its gradients are full: {calls.cause}. memrewrite.report "
+            "counts such calls"
+        )
+
+
+def _trains(model: nn.Module, result: Any) -> bool:
+    """Whether a result of a call with gradients enabled can be differentiated for training."""
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
+        return False
+    return any(p.requires_grad for p in model.parameters())
