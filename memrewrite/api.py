@@ -1,8 +1,7 @@
-"""compile(): options -> configuration -> list of passes; and its inverse, restore()."""
+"""compile(): options -> methods -> session; and its inverse, restore()."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any, TypeVar
 
@@ -11,12 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memrewrite.compiler.backend import Engine
-from memrewrite.compiler.partition import hint
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.inspect import autodump, strays
+from memrewrite.methods import methods_for
+from memrewrite.methods.method import Method
+from memrewrite.methods.velora import SubTokens
+from memrewrite.moments.stored import Moment, moment_of
 from memrewrite.optim import hook
 from memrewrite.parallel.data_parallel import foresee, inner
-from memrewrite.record.request import Plan
+from memrewrite.session.call import call_of
 from memrewrite.session.calls import watched
 from memrewrite.session.session import (
     Session,
@@ -26,36 +28,13 @@ from memrewrite.session.session import (
     parts_of,
     session_of,
 )
-from memrewrite.sites.candidates import candidates, select, why_not
 from memrewrite.sites.eligible import SHARDED, sites_of
 from memrewrite.sites.options import GaLore, VeLoRA, galore_options, velora_options
-from passes.base import Pass
-from passes.joint.absent import skip_absent_gradients
-from passes.joint.fold import fold_reconstruction
-from passes.joint.port import return_coordinates
-from passes.joint.push import push_projections, return_projections
-from passes.joint.velora import compress_saved_inputs
-from passes.lower import lower_ir_ops
+from memrewrite.sites.weights import candidates
 
 M = TypeVar("M", bound=nn.Module | Optimizer)
 N = TypeVar("N", bound=nn.Module)
-_serial = itertools.count()
 BACKENDS = ("inductor", "aot_eager")
-
-
-def passes_for(plan: Plan) -> list[Pass]:
-    """The order of the passes: this list is the only place that knows it."""
-    found: list[Pass] = []
-    if plan.vectors:
-        weights = frozenset(plan.weights)
-        found.append(compress_saved_inputs(dict(plan.vectors), weights, plan.scale))
-        found.append(fold_reconstruction())
-    if plan.ports:
-        found.append(return_coordinates(plan.ports))
-    if plan.projections:
-        found += [return_projections(plan.projections), push_projections()]
-    found += [lower_ir_ops()] if found else []
-    return [*found, skip_absent_gradients(hint)] if plan.may_be_absent else found
 
 
 def compile(
@@ -64,6 +43,8 @@ def compile(
     velora: bool | VeLoRA = False,
     galore_rank: int | None = None,
     galore: GaLore | None = None,
+    activations: Method | str | None = None,
+    moments: Moment | str | None = None,
     **torch_compile_kwargs: Any,
 ) -> M:
     """Compile `model` in place so that training it needs less memory; returns `model`.
@@ -73,7 +54,10 @@ def compile(
     inside is compiled: wrap it before or after. Exact rewrites are always on; `velora` adds
     the approximate ones of arXiv 2405.17991 (see `VeLoRA`), `galore_rank` (short for
     `galore=GaLore(rank=...)`) those of arXiv 2403.03507 to the stock Adam or AdamW that
-    steps the model's parameters: it is rewritten at its first step.
+    steps the model's parameters: it is rewritten at its first step. `activations` is another
+    method for what weight gradients read (a `Compressor`, or the name of a registered one), of
+    the weights that velora leaves; `moments` another form of Adam's moments (a `Moment`), of the
+    weights whose state is neither projected nor factored.
     `mode=`, `options=`, `dynamic=`, `fullgraph=`, `disable=` act as in torch.compile;
     `backend=` is "inductor" or, to run the rewritten graphs without code generation,
     "aot_eager". A second call with equal options does nothing. `compile(optimizer)`, for
@@ -88,12 +72,16 @@ def compile(
         hook.attach(model)
         return model
     if inner(model) is not model:
-        more = torch_compile_kwargs
-        compile(inner(model), velora=velora, galore_rank=galore_rank, galore=galore, **more)
+        more: dict[str, Any] = {"activations": activations, "moments": moments}
+        more |= {"velora": velora, "galore_rank": galore_rank, "galore": galore}
+        compile(inner(model), **more, **torch_compile_kwargs)
         return model
     options, projection = velora_options(velora), galore_options(galore_rank, galore)
+    methods, form = methods_for(options, projection, activations), moment_of(moments)
     _check_model(model)
     request = {"velora": options, "galore": projection, **torch_compile_kwargs}
+    request |= {"activations": activations} if activations is not None else {}
+    request |= {"moments": moments} if moments is not None else {}
     known = _sessions.get(model)
     if known is not None and model._compiled_call_impl is not None:
         if known.request == request:
@@ -103,17 +91,18 @@ def compile(
             f"before compiling it with {request}"
         )
     _check_untaken(model)
-    if options is not None:
-        _check_sites(model, options)
+    for method in methods:
+        if method.compresses:
+            _check_sites(model, method)
     whole = _check_projection(model, projection) if projection is not None else frozenset()
     call_kwargs = dict(torch_compile_kwargs)
     engine = _engine(call_kwargs)
-    session = Session(weakref.ref(model), options, engine, passes_for, request, projection)
-    session.whole = whole
+    session = Session(weakref.ref(model), engine, methods, request, options, projection)
+    session.whole, session.moments = whole, form
     foresee(session)
     call = call_of(model)
     compiled = torch.compile(call, backend=session, **call_kwargs)
-    model._compiled_call_impl = watched(session, call, compiled)
+    model._compiled_call_impl = watched(session.model, session.calls, call, compiled)
     _sessions[model] = session
     strays.follow(session, model)
     autodump.follow(session)
@@ -171,22 +160,6 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         raise
 
 
-def call_of(model: nn.Module) -> Any:
-    """A function of our own around the module's call.
-
-    Dynamo skips frames of torch.nn, so compiling a stock module's own call compiles
-    nothing. Each model gets a code object of its own, because Dynamo counts recompiles
-    per code object: two models must not use up one limit.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return type(model)._call_impl(model, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-    name = f"call_{type(model).__name__}_{next(_serial)}"
-    call.__code__ = call.__code__.replace(co_name=name)
-    return call
-
-
 def _engine(kwargs: dict[str, Any]) -> Engine:
     backend = kwargs.pop("backend", "inductor")
     if backend not in BACKENDS:
@@ -231,29 +204,30 @@ def _check_untaken(model: nn.Module) -> None:
         )
 
 
-def _check_sites(model: nn.Module, options: VeLoRA) -> None:
+def _check_sites(model: nn.Module, method: Method) -> None:
     found = candidates(model)
-    chosen = select(found, options.sites)
-    reasons = {c.name: why_not(c, options) for c in found if c.name in chosen}
-    if all(reasons.values()):
-        name, reason = next(iter(reasons.items()))
-        if any(reason and "too small" in reason for reason in reasons.values()):
-            raise ValueError(
-                f"subtoken_size={options.subtoken_size} compresses none of the {len(reasons)} "
-                f"selected layers (for one, {name}: {reason}); choose a size from 2 up to the "
-                "input features of the layers"
-            )
-        warn(
-            f"velora compresses nothing: every selected layer stays exact ({name}: {reason}); "
-            "select others with memrewrite.VeLoRA(sites=[...])"
+    chosen = method.select(found)
+    reasons = {w.name: method.why_not(w) for w in found if w.name in chosen}
+    if not all(reasons.values()):
+        return
+    name, reason = next(iter(reasons.items()))
+    if isinstance(method, SubTokens) and any(r and "too small" in r for r in reasons.values()):
+        raise ValueError(
+            f"subtoken_size={method.options.subtoken_size} compresses none of the {len(reasons)} "
+            f"selected layers (for one, {name}: {reason}); choose a size from 2 up to the "
+            "input features of the layers"
         )
+    warn(
+        f"{method.name} compresses nothing: every selected layer stays exact ({name}: {reason}); "
+        f"select others with {method.remedy}"
+    )
 
 
 def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
     """The names of what is projected. Raises ValueError where that is nothing."""
     selection = sites_of(model, galore)
-    plain = [(c, r) for c, r in selection.plain if c.parameter.requires_grad]  # QLoRA's base is not
-    refused = [f"{c.name} {c.shape} ({r})" for c, r in plain if "projected:" in r]
+    plain = [(w, r) for w, r in selection.plain if w.parameter.requires_grad]  # QLoRA's base is not
+    refused = [f"{w.name} {w.shape} ({r})" for w, r in plain if "projected:" in r]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         warn(
@@ -261,8 +235,8 @@ def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
             "leave them out of sites to say that this is meant"
         )
     if selection.projected:
-        return frozenset(site.candidate.name for site in selection.projected)
-    candidate, reason = next(
+        return frozenset(site.weight.name for site in selection.projected)
+    weight, reason = next(
         (pair for pair in selection.plain if pair[1].startswith("too small")), selection.plain[0]
     )
     remedy = "choose a smaller rank" if reason.startswith("too small") else "select others"
@@ -272,6 +246,6 @@ def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
         remedy = "unfreeze the weights first"
     raise ValueError(
         f"GaLore at rank {galore.rank} projects no weight of the model (for one, "
-        f"{candidate.name} {candidate.shape}: {reason}); {remedy}, or name weights with "
+        f"{weight.name} {weight.shape}: {reason}); {remedy}, or name weights with "
         "memrewrite.GaLore(rank, sites=[...])"
     )

@@ -8,6 +8,10 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 import memrewrite
 from memrewrite.errors import UnsupportedError
@@ -80,18 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     guess = commands.add_parser(
         "estimate", help="what training a model will take, without running it"
     )
-    models.add_arguments(guess)
+    _add_arguments(guess)
     guess.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd or none")
     guess.add_argument("--dynamic", action="store_true", help="formulas in B and S")
     guess.add_argument("--fit", metavar="MEMORY", help="the largest batch, as in --fit 24GiB")
     guess.add_argument("--whole", action="store_true", help="never estimate a deep stack by lower")
     guess.add_argument("--json", action="store_true", help="print data instead of a table")
     told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
-    models.add_arguments(told)
+    _add_arguments(told)
     dump = commands.add_parser(
         "dump", help="run a script and dump its compiled models, or dump a model without running"
     )
-    models.add_arguments(dump, script=True)
+    _add_arguments(dump, script=True)
     dump.add_argument("--out", default="memrewrite_dump", help="directory (%(default)s)")
     return parser
 
@@ -99,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 def _sites(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from memrewrite.sites.candidates import candidates, select
+    from memrewrite.sites.select import select
+    from memrewrite.sites.weights import candidates
 
     found = candidates(models.from_config(arguments.config))
     chosen = arguments.select
@@ -135,14 +140,14 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 
 def _whole(arguments: argparse.Namespace, dynamic: bool) -> Estimate:
-    model, given, named = models.load(arguments)
+    model, given, named = load(arguments)
     optimizer = models.optimizer(arguments.optimizer)
     return estimate(model, *given, optimizer=optimizer, dynamic=dynamic, **named)
 
 
 def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
     """Of a deep stack of like layers, from three lower stacks; None where that is no shortcut."""
-    depth = models.depth(arguments)
+    depth = _depth(arguments)
     if depth is None or depth <= DEEP or arguments.whole:
         return None
     changed = argparse.Namespace(**vars(arguments))
@@ -153,7 +158,7 @@ def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    model, given, named = models.load(arguments)
+    model, given, named = load(arguments)
     session, _ = trace(model, given, named, dynamic=False)
     print(report_of(session, model))
     return 0
@@ -162,7 +167,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _dump(arguments: argparse.Namespace) -> int:
     if arguments.model.endswith(".py"):
         return _dump_script(arguments)
-    model, given, named = models.load(arguments)
+    model, given, named = load(arguments)
     session, _ = trace(model, given, named, dynamic=False)
     print(dump_session(session, model, Path(arguments.out)) / "index.html")
     return 0
@@ -186,3 +191,69 @@ def _dump_script(arguments: argparse.Namespace) -> int:
         for page in written:
             print(page)
     return 0 if written else 2
+
+
+# --- a model by its flags ---------------------------------------------------------------------
+
+
+def _add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> None:
+    """The flags that describe a model, its inputs and what is to be rewritten."""
+    what = "a script.py, or " if script else ""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        help=f"{what}a config.json, {', '.join(models.NAMES)}, or module:function",
+    )
+    parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
+    parser.add_argument("--batch", type=_positive, default=1)
+    parser.add_argument("--seq", type=_positive, default=2048)
+    parser.add_argument("--vocab", type=_positive, help="another vocabulary than the model's")
+    parser.add_argument("--layers", type=_positive, help="another depth than the model's")
+    parser.add_argument("--dtype", choices=models.DTYPES, default="bf16")
+    parser.add_argument("--checkpointing", action="store_true", help="of each layer")
+    parser.add_argument("--velora", action="store_true")
+    parser.add_argument("--subtoken-size", type=_positive, default=16)
+    parser.add_argument("--sites", default="auto", help="of velora: auto, all or a pattern")
+    parser.add_argument("--galore-rank", type=_positive)
+
+
+def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model that the flags describe, compiled with the options they ask for, and inputs."""
+    name = arguments.hf_config or arguments.model
+    if not name:
+        raise ValueError("name a model: a config.json, a known shape, or module:function")
+    given: tuple[Any, ...] = ()
+    if ":" in name:
+        model, given, named = models.called(name)
+    else:
+        model = models.from_config(name, arguments.vocab, arguments.layers)
+        model.to(dtype=models.DTYPES[arguments.dtype])
+        if arguments.checkpointing:
+            checkpointed: Any = model
+            checkpointed.gradient_checkpointing_enable()
+        with torch.device("meta"):
+            named = models.inputs(
+                model, arguments.batch, arguments.seq, models.DTYPES[arguments.dtype]
+            )
+    sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
+    velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
+    memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank)
+    return model, given, named
+
+
+def _depth(arguments: argparse.Namespace) -> int | None:
+    """The layers of a model whose depth is a number in its config; None for any other."""
+    name = arguments.hf_config or arguments.model
+    if ":" in name or not name:
+        return None
+    if arguments.layers is not None:
+        return int(arguments.layers)
+    return getattr(models.config_of(name), "num_hidden_layers", None)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value

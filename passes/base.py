@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
 
@@ -32,29 +32,10 @@ IN_PLACE = (
     torch.ops.higher_order.auto_functionalized
 )  # (op, **operands): (result, what it wrote...)
 
-VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.alias.default,
-    aten.detach.default,
-}
-ALIASES = VIEWS | {  # a part of a memory, or a repetition of it, is no memory of its own
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
+OTHER_VALUES = {  # views whose values are others, or not each of their memory's once
     aten.as_strided.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.diagonal.default,
+    aten._conj.default,
+    aten._neg_view.default,
 }
 CONVERT = torch.ops.prims.convert_element_type.default  # what Inductor fuses
 CASTS = {aten._to_copy.default, CONVERT}
@@ -67,8 +48,20 @@ PROVENANCE = (
     "custom",
     "recompute",
     "ac_graph_id",
-    "velora",  # on every node of a compression: the name of the memory that it replaces
+    "stands_for",  # a StandsFor
 )
+
+
+@dataclass(frozen=True)
+class StandsFor:
+    """The mark on every node of a compression: of which method, and in place of which memory.
+
+    kept: on the nodes that backward may keep; not on those that they are computed by.
+    """
+
+    method: str
+    storage: str  # the name of the node whose memory it is
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,7 @@ class Pass:
     key: tuple[Hashable, ...] = ()  # the configuration it was built with
     identity: str = field(default="", compare=False)  # what makes it legal, in one line
     drops: bool = False  # an output may become None: another one stands for it
+    changes: frozenset[int] | None = None  # the only arguments whose gradients may change; any
 
 
 def copy_graph(graph: Graph) -> Graph:
@@ -134,18 +128,40 @@ def operand(node: Node, index: int) -> Node:
     return value
 
 
+def is_alias(node: Node) -> bool:
+    """True for a view or a part of its operand's memory."""
+    target = node.target
+    return target is aten._unsafe_view.default or getattr(target, "is_view", False)
+
+
+def is_view(node: Node) -> bool:
+    """True for a view that has all values of its operand, each once."""
+    if not is_alias(node) or node.target in OTHER_VALUES:
+        return False
+    value, source = node.meta.get("val"), operand(node, 0).meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(source, torch.Tensor):
+        return False
+    return value.dtype == source.dtype and str(value.numel()) == str(source.numel())
+
+
 def storage_of(node: Node) -> Node:
     """The node whose values `node` is a view of: all of them, each once."""
-    while node.target in VIEWS:
+    while is_view(node):
         node = operand(node, 0)
     return node
+
+
+def stands_for(node: Node) -> StandsFor | None:
+    """The mark of a node that backward may keep in place of an activation."""
+    mark: StandsFor | None = node.meta.get("stands_for")
+    return mark if mark is not None and mark.kept else None
 
 
 def memory_of(node: Node) -> Node:
     """The node whose memory this one lies in: a view, a part, or what was written over it."""
     while True:
         source = operand(node, 0) if node.target is getitem else node
-        if node.target in ALIASES or source.target in ALIASES:
+        if is_alias(node) or is_alias(source):
             node = operand(node, 0)
         elif source is not node and adds_present(source):
             node = source.kwargs["g"]  # type: ignore[assignment]
@@ -196,7 +212,7 @@ def call(like: Node, target: Any, *args: Any, shaped: Callable[..., Any] | None 
     with mode, torch.no_grad():
         infer = shaped or target
         node.meta["val"] = infer(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
-    node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
+    _inherit(node, like)
     return node
 
 
@@ -210,8 +226,14 @@ def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     with mode, torch.no_grad():
         read = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*read[0], **read[1])
-    node.meta.update({key: before.meta[key] for key in PROVENANCE if key in before.meta})
+    _inherit(node, before)
     return node
+
+
+def _inherit(node: Node, like: Node) -> None:
+    node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
+    if "stands_for" in node.meta:
+        node.meta["stands_for"] = replace(node.meta["stands_for"], kept=False)
 
 
 def widened(before: Node, node: Node) -> Node:

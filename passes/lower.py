@@ -17,8 +17,6 @@ from torch.fx import GraphModule, Node
 from passes.base import CONVERT, Pass, aten, call, fixed, insert, is_transpose, operand, size
 from passes.ops import galore_project, galore_project_back, velora_compress, velora_reconstruct
 
-MARKS = ("velora_z", "galore")
-
 
 def lower_ir_ops() -> Pass:
     """Replace every memrewrite op by the aten ops that define it."""
@@ -27,8 +25,8 @@ def lower_ir_ops() -> Pass:
         for op, lowered in LOWERED.items():
             for node in gm.graph.find_nodes(op="call_function", target=op):
                 replacement = lowered(node)
-                kept = {key: node.meta[key] for key in MARKS if key in node.meta}
-                replacement.meta.update(kept)
+                if "stands_for" in node.meta:
+                    replacement.meta["stands_for"] = node.meta["stands_for"]
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
 

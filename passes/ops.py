@@ -23,6 +23,8 @@ Source: Zhao et al. 2024, arXiv:2403.03507, equations 11 and 12 (one side at a t
 
 add_present(g, t)        g <- g + t, or g where t has no memory: it stands for zeros
 
+hold(z) is z: it stands between what a forward keeps and what backward makes of it
+
 attach(y, ports) is y: it makes y depend on inputs whose gradient is to be something small,
 which a pass then puts in place of the zeros that differentiation gives them.
 """
@@ -72,6 +74,11 @@ def attach(y: Tensor, ports: list[Tensor]) -> Tensor:
     return y.clone()
 
 
+def held(z: Tensor) -> Tensor:
+    """z, in memory of its own."""
+    return z.clone()
+
+
 def add_in_place(g: Tensor, t: Tensor) -> None:
     """g <- g + t, unless t has no memory."""
     if t.untyped_storage().nbytes():
@@ -93,12 +100,14 @@ _library.define("velora_reconstruct(Tensor z, Tensor v, SymInt features) -> Tens
 _library.define("galore_project(Tensor g, Tensor p, bool left) -> Tensor")
 _library.define("galore_project_back(Tensor z, Tensor p, bool left) -> Tensor")
 _library.define("add_present(Tensor(a!) g, Tensor t) -> ()")
+_library.define("hold(Tensor z) -> Tensor")
 _library.define("port_attach(Tensor y, Tensor[] ports) -> Tensor")
 for _name, _kernel, _shape in (
     ("velora_compress", compress, _compress_shape),
     ("velora_reconstruct", reconstruct, _reconstruct_shape),
     ("galore_project", project, project),
     ("galore_project_back", project_back, project_back),
+    ("hold", held, held),
     ("port_attach", attach, attach),
     ("add_present", add_in_place, lambda g, t: None),
 ):
@@ -110,6 +119,7 @@ velora_reconstruct = torch.ops.memrewrite.velora_reconstruct.default
 galore_project = torch.ops.memrewrite.galore_project.default
 galore_project_back = torch.ops.memrewrite.galore_project_back.default
 add_present = torch.ops.memrewrite.add_present.default
+hold = torch.ops.memrewrite.hold.default
 port_attach = torch.ops.memrewrite.port_attach.default
 torch.library.register_autograd(
     "memrewrite::port_attach", _attach_backward, setup_context=_attach_context, lib=_library

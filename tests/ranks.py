@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
+from memrewrite.methods.vectors import Vectors
 from memrewrite.parallel.data_parallel import replica_of
 from memrewrite.session.session import session_of
 
@@ -534,7 +535,7 @@ def _sharded(order: str, mode: str = "velora") -> Scenario:
         session = session_of(part)
         rows = memrewrite.report(part).to_dict()["sites"]
         reasons = [row["reason"] for row in rows if row["decision"] == "compressed"]
-        small = bool(session.ported()) or None
+        small = bool(session.returned(Vectors)) or None
         more = {"said": _ours(caught), "reasons": reasons, "small": small}
         return compared(ours, theirs) | more
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 import memrewrite
 from memrewrite.compiler.absence import told_of_absence
 from memrewrite.compiler.backend import Engine
-from memrewrite.compiler.partition import hint
 from memrewrite.compiler.pipeline import run
+from memrewrite.compiler.sizes import hint
 from memrewrite.session.session import session_of
 from passes.base import aten
 from passes.joint.absent import (

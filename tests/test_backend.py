@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+from memrewrite import VeLoRA
 from memrewrite.compiler import backend
 from memrewrite.compiler.backend import GUARDS_TRAINED, JointPasses
-from memrewrite.record.request import Plan, make_plan
+from memrewrite.methods.method import Ask
+from memrewrite.methods.request import Request, make_request
+from memrewrite.methods.velora import SubTokens
 
 ran: list[str] = []
 
@@ -31,8 +34,9 @@ class Named(CustomGraphPass):
         return self.name
 
 
-def plan(scale: float = 1.0) -> Plan:
-    return make_plan(2, [], [], [0], [], scale, True)
+def plan(scale: float = 1.0) -> Request:
+    ask = Ask(0, torch.float32, torch.device("cpu"), torch.float32, (2,))
+    return make_request(2, [(SubTokens(VeLoRA(2, scale=scale)), [ask])], [0], [], True)
 
 
 def test_ours_run_first_and_then_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +46,13 @@ def test_ours_run_first_and_then_the_users_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(backend, "_rewrite_joint", ours)
     ran.clear()
     gm = joint_graph(lambda w, x: x @ w.t(), [torch.randn(3, 2)], [torch.randn(4, 2)])
-    JointPasses(plan(), lambda _: [], (Named("a"), lambda graph: ran.append("b")))(gm.graph)
+    JointPasses(plan(), (Named("a"), lambda graph: ran.append("b")))(gm.graph)
     assert ran == ["ours", "a", "b"]
 
 
 def test_what_torchs_caches_know_them_by() -> None:
     def of(*theirs: Any, scale: float = 1.0) -> JointPasses:
-        return JointPasses(plan(scale), lambda _: [], theirs)
+        return JointPasses(plan(scale), theirs)
 
     a, b = Named("a"), Named("b")
     known = [of(), of(a), of(b), of(a, b), of(b, a), of(scale=0.5)]

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import loss_of
+from models import loss_of, vectors_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -260,8 +260,8 @@ def test_a_step_is_what_it_is_without_calibration(program: Any, init: Any) -> No
         assert torch.equal(ours[name], value), name
     torch.manual_seed(3)
     expected = inputs_of(twin, x)
-    vectors = session_of(model).vectors
-    assert vectors and session_of(model).unseen == set()
+    vectors = vectors_of(model)
+    assert vectors and session_of(model).vectors.unseen == set()
     if program is buffers and init == "running_mean":
         return  # compiled, dropout draws another mask than eagerly
     for name, v in vectors.items():
@@ -329,7 +329,7 @@ def test_what_cannot_be_replayed_costs_v_and_says_so() -> None:
     assert "once" in warning and "RuntimeError: may not be called without gradients" in warning
     assert "init='ones' or 'random'" in warning and "leave them out of sites" in warning
     assert not torch.is_autocast_enabled("cpu")  # the region was left
-    vectors = session_of(model).vectors
+    vectors = vectors_of(model)
     torch.testing.assert_close(vectors["b"], torch.ones(SIZE) / SIZE**0.5)
     torch.testing.assert_close(vectors["a"].double(), oracle.unit_mean([x], SIZE))
     rows = {row.name: row.reason for row in memrewrite.report(model).sites}
@@ -342,5 +342,5 @@ def test_inside_vmap_there_is_no_x_to_read_but_what_runs_is_seen() -> None:
     for init in ("batch_mean", "running_mean"):
         model, x = Net(lambda s, x: s.b(torch.vmap(s.a)(x))), torch.randn(6, 32)
         trained(model, x, init)
-        found = session_of(model).vectors["a"].double()
+        found = vectors_of(model)["a"].double()
         torch.testing.assert_close(found, oracle.unit_mean([x], SIZE), rtol=1e-5, atol=1e-5)

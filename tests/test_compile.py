@@ -20,6 +20,7 @@ from models import (
     gradients,
     loss_of,
     relative_errors,
+    vectors_of,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -105,7 +106,7 @@ def test_kept_bytes_are_the_predicted_ones(
     compiled(model, VeLoRA(subtoken_size=size, sites="all"))
     loss_of(x)(model).backward()
     report = memrewrite.report(model)
-    free = tuple(session_of(model).vectors.values())
+    free = tuple(vectors_of(model).values())
     assert count_saved(model, lambda m: m(x), free) == report.totals["saved_bytes_after"]
 
 

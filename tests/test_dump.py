@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import memrewrite
 from memrewrite import VeLoRA
 from memrewrite.compiler.pipeline import run
-from memrewrite.optim.update import Kind, _add_projector, capture
+from memrewrite.moments.projected import ProjectedKind
+from memrewrite.moments.update import add_input, capture
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.listing import changed, described, difference, listing
 from passes.base import Pass
@@ -167,9 +168,11 @@ def test_golden_diffs_of_the_joint_passes() -> None:
 
 def test_golden_diffs_of_the_update_passes() -> None:
     cpu = torch.device("cpu")
-    kind = Kind((6, 4), torch.float32, cpu, 2, False, 0.25, False, False, True, True)
+    kind = ProjectedKind((6, 4), torch.float32, cpu, 2, False, 0.25, False, False, True, True)
     gm = capture(kind)
-    projection = Projection(_add_projector(gm, kind), left=False, scale=0.25)
+    projection = Projection(
+        add_input(gm, "projector", (kind.side, kind.rank)), left=False, scale=0.25
+    )
     todo = [
         hyperparameters_as_inputs(),
         project_updates({0: projection}),

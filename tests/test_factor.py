@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from memrewrite.compiler.pipeline import run
-from memrewrite.optim.update import Kind, capture, hyperparameters
+from memrewrite.moments.optimizers import ADAMW, Flags
+from memrewrite.moments.projected import ProjectedKind
+from memrewrite.moments.update import capture
 from passes.lower import lower_ir_ops
 from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.update.factor import SQUARE, V, factor_updates
@@ -28,7 +30,7 @@ def captured(
 ) -> tuple[GraphModule, dict[int, str], int]:  # fmt: skip
     """The lowered update, what is held factored, and the argument of v."""
     flags = (amsgrad, maximize, decay, decoupled)
-    kind = Kind(shape, torch.float64, torch.device("cpu"), 1, False, 1.0, *flags)
+    kind = ProjectedKind(shape, torch.float64, torch.device("cpu"), 1, False, 1.0, *flags)
     gm = capture(kind)
     run(gm, [hyperparameters_as_inputs(), lower_fused_adam()])
     places = gm.graph.find_nodes(op="placeholder")
@@ -130,7 +132,7 @@ def test_the_trajectory_is_adams(
         a = across(torch.randn(rows, groups, dtype=torch.float64))
         full.grad = across(spread(across(a), v, features))
         stock.step()
-        gm(weight, a, *state, step, *hyperparameters(group, decay != 0), v)
+        gm(weight, a, *state, step, *ADAMW.numbers(group, Flags(decays=decay != 0)), v)
     torch.testing.assert_close(weight, full.detach(), rtol=1e-10, atol=1e-10)
     theirs = stock.state[full]
     mine = [

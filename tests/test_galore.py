@@ -19,7 +19,8 @@ from torch.optim.adam import adam
 from memrewrite.compiler.backend import Engine
 from memrewrite.compiler.pipeline import run
 from memrewrite.gradients import range_finder
-from memrewrite.optim.update import Kind, _add_projector, build, capture, trace
+from memrewrite.moments.projected import ProjectedKind
+from memrewrite.moments.update import add_input, build, capture, trace
 from passes.base import copy_graph
 from passes.lower import lower_ir_ops
 from passes.update.accumulate import accumulate_in_place
@@ -28,14 +29,14 @@ from passes.update.galore import Projection, project_updates
 from passes.update.pieces import cut
 
 EAGER = Engine("aot_eager", None, None, None)
-KIND = Kind(
+KIND = ProjectedKind(
     (6, 4), torch.float64, torch.device("cpu"), 2, False, 0.25, False, False, True, True
 )  # fmt: skip
 
 
-def captured(kind: Kind = KIND) -> tuple[GraphModule, int]:
+def captured(kind: ProjectedKind = KIND) -> tuple[GraphModule, int]:
     gm = capture(kind)
-    return gm, _add_projector(gm, kind)
+    return gm, add_input(gm, "projector", (kind.side, kind.rank))
 
 
 def test_printed_form_of_each_pass() -> None:
@@ -176,7 +177,7 @@ def test_sixty_steps_with_three_refreshes_equal_the_paper(case: dict[str, Any]) 
     rank, left, every = case["rank"], case["left"], 20
     settings = {k: case[k] for k in ("lr", "betas", "decay", "decoupled", "amsgrad", "maximize")}
     expected = galore_oracle.train(w, grads, rank, left, every, case["scale"], eps=1e-8, **settings)
-    kind = Kind(
+    kind = ProjectedKind(
         case["shape"], w.dtype, w.device, rank, left, case["scale"], case["amsgrad"],
         case["maximize"], case["decay"] != 0, case["decoupled"],
     )  # fmt: skip
@@ -185,7 +186,9 @@ def test_sixty_steps_with_three_refreshes_equal_the_paper(case: dict[str, Any]) 
     assert not torch.equal(got, w)
 
 
-def trained(kind: Kind, w: Tensor, grads: list[Tensor], every: int, case: dict[str, Any]) -> Tensor:
+def trained(
+    kind: ProjectedKind, w: Tensor, grads: list[Tensor], every: int, case: dict[str, Any]
+) -> Tensor:
     update = build(kind, EAGER)
     state = [torch.zeros(kind.state_shape, dtype=w.dtype) for _ in range(3 if kind.amsgrad else 2)]
     numbers = [case["lr"], *case["betas"], *([case["decay"]] if kind.decays else []), 1e-8]
@@ -241,7 +244,11 @@ def reorder(update: Any) -> Any:
 
 def test_untouched_parameters_keep_the_fused_node() -> None:
     gm = two_parameters()
-    p = _add_projector(gm, replace(KIND, dtype=torch.float32))
+    p = add_input(
+        gm,
+        "projector",
+        (KIND.side, KIND.rank),
+    )
     run(gm, [project_updates({0: Projection(p, left=False, scale=1.0)})])
     fused = gm.graph.find_nodes(op="call_function", target=torch.ops.aten._fused_adamw_.default)
     shapes = [[tuple(n.meta["val"].shape) for n in node.args[0]] for node in fused]
@@ -354,7 +361,7 @@ def test_a_copied_graph_is_the_same_one_with_nodes_of_its_own() -> None:
         assert (old.name, old.meta) == (new.name, new.meta) and old.meta is not new.meta
 
 
-def writes(kind: Kind) -> list[str]:
+def writes(kind: ProjectedKind) -> list[str]:
     gm, p = captured(kind)
     projection = Projection(p, kind.left, kind.scale)
     run(gm, [hyperparameters_as_inputs(), project_updates({0: projection})])

@@ -42,7 +42,7 @@ def test_fifty_steps_with_two_refreshes(
     other = nn.Parameter(model.weight.detach().clone())
     galore = GaLore(4, update_every=20, refresh="svd", side=side, sites="all")
     memrewrite.compile(model, galore=galore, backend="aot_eager")
-    session_of(model).called = True  # the gradients are set by hand
+    session_of(model).calls.called = True  # the gradients are set by hand
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-20, weight_decay=0.0)
     group = {"rank": 4, "update_proj_gap": 20, "scale": 0.25, "proj_type": theirs}
     reference = GaLoreAdamW(

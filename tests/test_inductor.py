@@ -23,6 +23,7 @@ from models import (
     loss_of,
     relative_errors,
     vectors,
+    vectors_of,
 )
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -31,8 +32,10 @@ from torch.profiler import ProfilerActivity, profile
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
 from memrewrite.compiler.backend import Engine
-from memrewrite.optim.update import Kind, build, hyperparameters
-from memrewrite.optim.velora import VECTOR
+from memrewrite.gradients.packing import VECTOR
+from memrewrite.moments.optimizers import ADAMW
+from memrewrite.moments.projected import ProjectedKind
+from memrewrite.moments.update import build
 from memrewrite.session.session import session_of
 
 pytestmark = pytest.mark.inductor
@@ -54,7 +57,7 @@ def test_llama_follows_the_oracle_and_keeps_the_predicted_bytes() -> None:
         logits.append(run(m))
         return logits[-1]
 
-    free = tuple(session_of(model).vectors.values())
+    free = tuple(vectors_of(model).values())
     squared = 2 * 12 * 96 * 4  # the loss outside the model keeps the logits
     assert count_saved(model, forward, free) - squared == report.totals["saved_bytes_after"]
 
@@ -176,7 +179,7 @@ def test_ten_steps_under_a_schedule_compile_once_and_follow_the_eager_update() -
         memrewrite.compile(one, velora=velora, galore=galore, backend=backend)
         optimizers.append(torch.optim.AdamW(one.parameters(), lr=1e-3, fused=True))
         schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], 10))
-    session_of(other).called = True  # it takes the other's gradients: Adam magnifies rounding
+    session_of(other).calls.called = True  # it takes the other's gradients: Adam magnifies rounding
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(10):
         run(model).backward()
@@ -331,7 +334,8 @@ def _allocations(work: Callable[[], object]) -> list[int]:
     [(torch.float32, (6, 4)), (torch.bfloat16, (4, 6)), (torch.float32, (6, 4, 3))],
 )
 def test_a_compiled_update_is_the_update(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    kind = Kind(shape, dtype, torch.device("cpu"), 2, len(shape) == 2, 0.5, True, True, True, True)
+    flags = [True] * 4
+    kind = ProjectedKind(shape, dtype, torch.device("cpu"), 2, len(shape) == 2, 0.5, *flags)
     results = []
     for backend in ("inductor", "aot_eager"):
         update = build(kind, Engine(backend, None, None, None))
@@ -341,7 +345,7 @@ def test_a_compiled_update_is_the_update(dtype: torch.dtype, shape: tuple[int, .
         p, step = torch.linalg.qr(torch.randn(kind.side, 2)).Q.to(dtype), torch.zeros(())
         group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         for _ in range(3):
-            numbers = update.numbers(step, hyperparameters(group, decays=True))
+            numbers = update.numbers(step, ADAMW.numbers(group, kind.flags))
             update.apply([w, g, *state, p], numbers)
         results.append((w, *state))
     for ours, theirs in zip(*results, strict=True):
@@ -352,13 +356,13 @@ def test_an_update_that_does_not_compile_runs_op_by_op_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    kind = Kind((5, 3), torch.float32, torch.device("cpu"), 1, False, 1.0, *[False] * 4)
+    kind = ProjectedKind((5, 3), torch.float32, torch.device("cpu"), 1, False, 1.0, *[False] * 4)
     update = build(kind, Engine("inductor", None, None, None))
     w, g, p = torch.zeros(5, 3), torch.ones(5, 3), torch.eye(3, 1)
     state = [torch.zeros(5, 1) for _ in range(2)]
     group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
     with pytest.warns(MemrewriteWarning, match="op by op"):
         update.apply(
-            [w, g, *state, p], update.numbers(torch.zeros(()), hyperparameters(group, False))
+            [w, g, *state, p], update.numbers(torch.zeros(()), kind.row.numbers(group, kind.flags))
         )
     torch.testing.assert_close(w[:, 0], torch.full((5,), -0.1))

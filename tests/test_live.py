@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from test_saved import Builder
 from torch.fx import Graph, Node
 
-from memrewrite.compiler.partition import hint
+from memrewrite.compiler.sizes import hint
 from passes.base import aten
 from passes.split.live import Timeline, timeline
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, UnsupportedError
-from memrewrite.optim.update import Kind
+from memrewrite.moments.projected import ProjectedKind
 from memrewrite.session.session import session_of
 
 EXACT = GaLore(rank=2, update_every=4, refresh="svd")
@@ -58,7 +58,7 @@ def net(galore: GaLore | None = EXACT, seed: int = 0, **kwargs: Any) -> Net:
 
 def compiled(model: Any, **kwargs: Any) -> Any:
     memrewrite.compile(model, backend="aot_eager", **kwargs)
-    session_of(model).called = True  # most of these tests set gradients themselves
+    session_of(model).calls.called = True  # most of these tests set gradients themselves
     return model
 
 
@@ -207,7 +207,7 @@ def test_a_schedule_of_lr_and_betas_builds_one_update_per_shape() -> None:
     scheduler = OneCycleLR(optimizer, 0.1, total_steps=12)  # cycles beta1 as well
     fit(model, optimizer, range(1))
     known = set(compiled)
-    kinds = {(kind.shape, kind.rank) for kind, _ in known if isinstance(kind, Kind)}
+    kinds = {(kind.shape, kind.rank) for kind, _ in known if isinstance(kind, ProjectedKind)}
     assert kinds >= {((16, 8), 5), ((16, 16), 5), ((8, 16), 5)}
     for step in range(1, 10):
         scheduler.step()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import vectors_of
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
 from memrewrite.gradients.packing import CALIBRATED, SUM, VECTOR, pack, packed_bytes, unpack
-from memrewrite.session.session import session_of
 
 V, G = VeLoRA(8, "all"), GaLore(4, update_every=6, sites="all")
 MODES: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def check_resume(mode: str, dtype: torch.dtype, kind: str, stop: int) -> None:
         fit(resumed, two, range(stop, stop + 4))
     check_equal(straight, resumed)
     assert elements(one) == elements(two)
-    ours, theirs = (session_of(m).vectors for m in (straight, resumed))
+    ours, theirs = (vectors_of(m) for m in (straight, resumed))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -174,7 +174,7 @@ def test_a_state_loaded_after_the_first_forward_keeps_its_v() -> None:
     assert len(told) == 1
     two.zero_grad()
     fit(late, two, range(5, 6))
-    ours, theirs = session_of(straight).vectors, session_of(late).vectors
+    ours, theirs = vectors_of(straight), vectors_of(late)
     for name in ("q", "k", "up"):
         assert torch.equal(ours[name], theirs[name]), name
         state = two.state[late.get_parameter(f"{name}.weight")]
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_trained_set(route: str, saved: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(second, two, range(5, 7))
-    ours, theirs = session_of(first).vectors, session_of(second).vectors
+    ours, theirs = vectors_of(first), vectors_of(second)
     assert torch.equal(ours["k"], theirs["k"]) and torch.equal(ours["up"], theirs["up"])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from memrewrite.compiler.partition import hint
+from memrewrite.compiler.sizes import hint
 from passes.base import aten, call
 from passes.split.rerun import choose_reruns, freed_operations, operations, pushed_operations
 from passes.split.saved import exclusive_inputs, kept_for_backward, readers

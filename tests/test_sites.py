@@ -6,7 +6,8 @@ import pytest
 from models import Stack
 from torch import nn
 
-from memrewrite.sites.candidates import candidates, select
+from memrewrite.sites.select import select
+from memrewrite.sites.weights import candidates
 
 
 def named(*names: str) -> nn.Module:

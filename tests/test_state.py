@@ -184,4 +184,4 @@ def test_where_calibration_cannot_see_x_v_is_ones_and_the_report_says_so(
     model = trained(VeLoRA(subtoken_size=8, sites=["head"]))
     row = next(r for r in memrewrite.report(model).sites if r.name == "head")
     assert "v is ones, because calibration could not see x" in row.reason
-    assert session_of(model).unseen == {"head"}
+    assert session_of(model).vectors.unseen == {"head"}

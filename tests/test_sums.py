@@ -12,7 +12,7 @@ from test_saved import Builder
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from memrewrite.compiler.partition import hint
+from memrewrite.compiler.sizes import hint
 from passes.base import aten
 from passes.split.saved import kept_for_backward
 from passes.split.sums import keep_sums

@@ -292,7 +292,7 @@ def test_an_outer_compile_traces_through_and_does_not_recompile() -> None:
     for _ in range(4):
         outer(torch.randn(4, 16)).backward()
     assert graphs_compiled() == before + 1
-    assert session_of(model).calls.total == 0 and not session_of(model).called
+    assert session_of(model).calls.total == 0 and not session_of(model).calls.called
 
 
 def test_the_report_looks_back_on_a_window() -> None:

@@ -32,13 +32,12 @@ from memrewrite.calibration.replay import (
     Replay,
     ReplayError,
     body_of,
+    copy_module,
     differentiates,
     grad_modes,
     name_of,
     needed,
 )
-from memrewrite.compiler.backend import copy_module
-from memrewrite.record.request import Weight
 
 aten = torch.ops.aten
 MATMULS = {  # op -> positions of its two factors
@@ -253,27 +252,25 @@ def _is_custom(node: Node) -> bool:
 # --- every batch: a graph that also returns what its linears read ---------------------------
 
 
-def observe_inputs(
-    gm: GraphModule, selected: Sequence[Weight]
-) -> tuple[GraphModule, int, list[Weight]]:
+def observe_inputs(gm: GraphModule, sizes: Mapping[int, int]) -> tuple[GraphModule, int, list[int]]:
     """A copy that appends, per visible linear, the sum of its input's sub-tokens: (M,).
 
-    Returns the copy, the number of its own outputs, and whose sum each new output is. A
-    linear inside a checkpointed region, or one that Dynamo shows as part of a larger
-    call, is not visible: its v stays the mean of the first batch that was usable.
+    `sizes` maps the argument position of a weight to M. Returns the copy, the number of its own
+    outputs, and whose sum each new output is. A linear inside a checkpointed region, or one that
+    Dynamo shows as part of a larger call, is not visible: its v stays the mean of the first batch
+    that was usable.
     """
     copied = copy_module(gm)
     places = copied.graph.find_nodes(op="placeholder")
-    weights = _carriers(copied.graph, {places[w.position]: w.position for w in selected})
-    of = {w.position: w for w in selected}
+    weights = _carriers(copied.graph, {places[position]: position for position in sizes})
     output = copied.graph.output_node()
     own: Any = output.args[0]
     observed, sums = [], []
     for node, x, weight in list(_linears(copied.graph, weights)):
-        arguments = (x, of[weights[weight]].size, torch.float64)
+        arguments = (x, sizes[weights[weight]], torch.float64)
         with copied.graph.inserting_before(node):  # what comes later may write to x
             sums.append(copied.graph.call_function(subtoken_sum, arguments))
-        observed.append(of[weights[weight]])
+        observed.append(weights[weight])
     output.args = ((*own, *sums),)
     copied.recompile()
     return copied, len(own), observed

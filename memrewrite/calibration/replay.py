@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from passes.base import copy_graph
+
 BODIES = {  # operations that run one subgraph -> the positions of it and of its arguments
     "tag_activation_checkpoint": (0, 1),
     "wrap_activation_checkpoint": (0, 1),
@@ -56,6 +58,17 @@ class Part:
     values: set[Node] = field(default_factory=set)  # whose results are read
     kept: set[Node] = field(default_factory=set)
     written: list[int] = field(default_factory=list)  # placeholders that it writes to
+
+
+def copy_module(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph that AOTAutograd accepts as Dynamo's own."""
+    copied = GraphModule(gm, copy_graph(gm.graph))
+    copied.meta.update(gm.meta)
+    places = (g.graph.find_nodes(op="placeholder") for g in (gm, copied))
+    for old, new in zip(*places, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied
 
 
 def name_of(node: Node) -> str:

@@ -22,7 +22,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule, Node
 
+from memrewrite.calibration.replay import copy_module
 from memrewrite.compiler.annotate import annotate
+from memrewrite.compiler.order import passes_for
 from memrewrite.compiler.partition import Compile, Halves, divide, rewrite
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.gradients.port import attach_ports
+from memrewrite.methods.request import Request, extra_inputs, source_hash
 from memrewrite.record.decision import GraphRecord
-from memrewrite.record.request import PassesFor, Plan, source_hash
-from passes.base import copy_graph
 from passes.joint.absent import write_in_place
 
 EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
@@ -73,18 +74,17 @@ def _compiling() -> Iterator[Compile]:
 class JointPasses(CustomGraphPass):
     """Inductor's joint_custom_pre_pass: ours, then the user's own (a list, from torch 2.13 on)."""
 
-    plan: Plan
-    passes_for: PassesFor = field(compare=False)
+    request: Request
     theirs: tuple[Any, ...] = ()
 
     def uuid(self) -> Any:
         """None, and so no cache, beside a pass that does not say what it is."""
         theirs = [isinstance(one, CustomGraphPass) and one.uuid() for one in self.theirs]
-        return ("memrewrite", source_hash(), self.plan, *theirs) if all(theirs) else None
+        return ("memrewrite", source_hash(), self.request, *theirs) if all(theirs) else None
 
     def __call__(self, graph: Graph) -> None:
         assert graph.owning_module is not None
-        _rewrite_joint(graph.owning_module, self.plan, self.passes_for)
+        _rewrite_joint(graph.owning_module, self.request)
         for one in self.theirs:
             one(graph)
 
@@ -93,20 +93,20 @@ class JointPasses(CustomGraphPass):
 class ExactFirst(CustomPartitionerFn):
     """Inductor's custom_partitioner_fn; `inner` is the user's own, where there is one."""
 
-    plan: Plan
+    request: Request
     inner: CustomPartitionerFn | None = None
 
     def uuid(self) -> Any:
-        return ("memrewrite", source_hash(), self.plan, self.inner and self.inner.uuid())
+        return ("memrewrite", source_hash(), self.request, self.inner and self.inner.uuid())
 
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
-        return _split_joint(gm, joint_inputs, self.plan, self.inner, **kwargs)
+        return _split_joint(gm, joint_inputs, self.request, self.inner, **kwargs)
 
 
-def _rewrite_joint(gm: GraphModule, plan: Plan, passes_for: PassesFor) -> None:
+def _rewrite_joint(gm: GraphModule, request: Request) -> None:
     state = _current.get() or Compile()
     if annotate(gm.graph):
-        rewrite(gm, plan, passes_for(plan), state)
+        rewrite(gm, request, passes_for(request, _decompositions()), state)
     elif state.record is None:
         state.record = GraphRecord(inference=True)
 
@@ -114,7 +114,7 @@ def _rewrite_joint(gm: GraphModule, plan: Plan, passes_for: PassesFor) -> None:
 def _split_joint(
     gm: GraphModule,
     joint_inputs: Sequence[object],
-    plan: Plan,
+    request: Request,
     inner: Callable[..., Any] | None,
     *,
     num_fwd_outputs: int,
@@ -132,7 +132,7 @@ def _split_joint(
     state, chosen = _current.get() or Compile(), exact_first
     if functorch_config.activation_memory_budget != 1.0:
         state.freed, chosen = 0.0, default  # the user's budget decides what is rerun
-    return divide(gm, plan, num_fwd_outputs, state, default, chosen)
+    return divide(gm, request, num_fwd_outputs, state, default, chosen)
 
 
 # --- the two engines -------------------------------------------------------------------
@@ -156,10 +156,10 @@ class Engine:
         return not self.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
 
     def compile(
-        self, gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor
+        self, gm: GraphModule, inputs: Sequence[Any], request: Request
     ) -> Callable[..., Any]:
         if self.backend != "inductor":
-            return _compile_eager(gm, inputs, plan, passes_for, self.backend == "trace")
+            return _compile_eager(gm, inputs, request, self.backend == "trace")
         # imported late: it loads the code generators
         from torch._inductor.compile_fx import compile_fx
 
@@ -167,8 +167,8 @@ class Engine:
         inner = self.config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
         patches = {
             **self.config,
-            "joint_custom_pre_pass": JointPasses(plan, passes_for, _listed(theirs)),
-            "custom_partitioner_fn": ExactFirst(plan, inner),
+            "joint_custom_pre_pass": JointPasses(request, _listed(theirs)),
+            "custom_partitioner_fn": ExactFirst(request, inner),
         }
         return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
@@ -177,22 +177,28 @@ def _listed(passes: Any) -> tuple[Any, ...]:
     return tuple(passes) if isinstance(passes, list | tuple) else (passes,) if passes else ()
 
 
-def _compile_eager(
-    gm: GraphModule, inputs: Sequence[Any], plan: Plan, passes_for: PassesFor, simplify: bool
-) -> Callable[..., Any]:
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, which both engines trace with."""
     from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def _compile_eager(
+    gm: GraphModule, inputs: Sequence[Any], request: Request, simplify: bool
+) -> Callable[..., Any]:
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
 
     left = () if simplify else EYES  # Inductor's counts in uint16, which few operations take
-    table = {op: f for op, f in select_decomp_table().items() if op not in left}
+    table = {op: f for op, f in _decompositions().items() if op not in left}
 
     def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
-        _rewrite_joint(joint, plan, passes_for)
+        _rewrite_joint(joint, request)
         if simplify:
             with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
                 joint_graph_passes(joint)
-        return _split_joint(joint, joint_inputs, plan, None, **kwargs)
+        return _split_joint(joint, joint_inputs, request, None, **kwargs)
 
     backend: Any = aot_autograd(
         fw_compiler=nop,
@@ -213,12 +219,11 @@ def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
 def capture(
     gm: GraphModule,
     inputs: Sequence[Any],
-    plan: Plan,
-    extra: Sequence[tuple[str, Tensor]],
-    passes_for: PassesFor,
+    request: Request,
     engine: Engine,
 ) -> tuple[Callable[..., Any], GraphRecord]:
-    """Compile a copy of Dynamo's graph that takes `extra` (name, example) behind its own."""
+    """Compile a copy of Dynamo's graph that takes what the request asks for after its own."""
+    extra = extra_inputs(request)
 
     def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
         copied = copy_module(gm)
@@ -229,9 +234,9 @@ def capture(
             attach_ports(copied, ports)
         copied.recompile()
         with _compiling() as state:
-            return engine.compile(copied, [*inputs, *examples], plan, passes_for), state.record
+            return engine.compile(copied, [*inputs, *examples], request), state.record
 
-    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, plan, extra, engine)}.json"
+    path = Path(cache_dir()) / "memrewrite" / f"{_key(gm, inputs, request, extra, engine)}.json"
     compiled, record = compile_copy()
     record = record or GraphRecord.load(path)
     if record is None:
@@ -240,17 +245,6 @@ def capture(
         record = record or GraphRecord(inference=True)
     record.store(path)
     return compiled, record
-
-
-def copy_module(gm: GraphModule) -> GraphModule:
-    """A copy of a Dynamo graph that AOTAutograd accepts as Dynamo's own."""
-    copied = GraphModule(gm, copy_graph(gm.graph))
-    copied.meta.update(gm.meta)
-    places = (g.graph.find_nodes(op="placeholder") for g in (gm, copied))
-    for old, new in zip(*places, strict=True):
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    return copied
 
 
 def _places(gm: GraphModule) -> list[Node]:
@@ -274,7 +268,7 @@ def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
 def _key(
     gm: GraphModule,
     inputs: Sequence[Any],
-    plan: Plan,
+    request: Request,
     extra: Sequence[tuple[str, Tensor]],
     engine: Engine,
 ) -> str:
@@ -288,7 +282,7 @@ def _key(
     facts = (
         gm.code,
         described,
-        plan,
+        request,
         [(name, str(value.shape), str(value.dtype)) for name, value in extra],
         source_hash(),
         engine.backend,

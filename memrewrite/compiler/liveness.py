@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import sympy
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from memrewrite.compiler.sizes import settled
 from memrewrite.record.decision import Culprit, GraphRecord, MemoryRecord
 from memrewrite.sites.eligible import is_head
 from passes.base import memory_of
@@ -108,19 +108,6 @@ def _label(of: Timeline, position: int) -> str:
     node = of.nodes[position]
     module = module_of(node)
     return f"{operation_of(node)} of {module}" if module else operation_of(node)
-
-
-def settled(size: Any, known: Collection[str]) -> Any:
-    """A size as an int, or as a formula in `known` symbols: an RNG state has one of its own."""
-    if isinstance(size, int):
-        return size
-    node = size.node
-    env = node.shape_env
-    table = getattr(env, "backed_var_to_val", None) or env.var_to_val  # its name before 2.13
-    fixed = [s for s in node.expr.free_symbols if str(s) not in known and s in table]
-    values = {s: table[s] for s in fixed}
-    found = sympy.expand(node.expr.xreplace(values))
-    return int(found) if found.is_Integer else found
 
 
 def _peaks(of: Timeline, hint: Hint, known: Collection[str]) -> list[str]:

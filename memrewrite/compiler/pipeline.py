@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
-from passes.base import Pass, copy_graph
+from passes.base import Pass, aten, copy_graph, operand
+from passes.ops import port_attach
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ def run(
 
 def _run_one(gm: GraphModule, one: Pass) -> Step:
     start, old, outputs = time.perf_counter(), {n.name for n in gm.graph.nodes}, _outputs(gm.graph)
+    before = None if one.changes is None else _computed(gm.graph)
     one.rewrite(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     _check(gm.graph, old, outputs, one)
+    if before is not None:
+        _check_others(before, _computed(gm.graph), gm.graph, one)
     new = {n.name for n in gm.graph.nodes}
     elapsed = time.perf_counter() - start
     return Step(one.name, one.exact, elapsed, len(new - old), len(old - new), one.identity)
@@ -80,3 +85,30 @@ def _check(graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], o
     for node in graph.nodes:
         if node.name not in old and "val" not in node.meta:
             raise AssertionError(f"pass {one.name} left {node.name} without a value")
+
+
+def _computed(graph: Graph) -> list[Any]:
+    """Per output, a value that is equal where it is computed by the same operations.
+
+    A copy, and the tie of an output to ports, compute nothing.
+    """
+    known: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            known[node] = hash(node.name)
+        elif node.target in (aten.clone.default, port_attach):
+            known[node] = known[operand(node, 0)]
+        else:
+            read = map_arg((node.args, node.kwargs), lambda n: known[n])
+            known[node] = hash((str(node.target), str(read)))
+    returned: Any = graph.output_node().args[0] or ()
+    return [known[n] if isinstance(n, Node) else n for n in returned]
+
+
+def _check_others(before: list[Any], after: list[Any], graph: Graph, one: Pass) -> None:
+    """Raise where an output changed that is no gradient which the pass was asked for."""
+    gradient_of = graph.output_node().meta["gradient_of"]
+    for old, new, weight in zip(before, after, gradient_of, strict=True):
+        if old != new and (weight is None or weight not in (one.changes or ())):
+            what = "an output" if weight is None else f"the gradient of argument {weight}"
+            raise AssertionError(f"pass {one.name} changed {what}, which was to stay exact")

@@ -24,6 +24,11 @@ class Vector:
     def __str__(self) -> str:
         return f"v={tuple(self.v.shape)}"
 
+    @property
+    def tensor(self) -> Tensor:
+        """What a compiled graph is handed."""
+        return self.v
+
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
         """The shape of A, for a gradient of `shape`."""
         return small_shape(shape, len(self.v), self.left)
@@ -60,6 +65,11 @@ class Projector:
 
     def __str__(self) -> str:
         return f"p={tuple(self.p.shape)}"
+
+    @property
+    def tensor(self) -> Tensor:
+        """What a compiled graph is handed."""
+        return self.p
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
         """The shape of R, for a gradient of `shape`."""

@@ -19,7 +19,6 @@ from torch.fx import GraphModule, Node
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.gradient import ProjectedGrad
-from memrewrite.record.request import ProjectedWeight, Weight
 from passes.ops import port_attach
 
 _zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -59,29 +58,6 @@ def zeros(like: Tensor, rows: int, columns: int) -> Tensor:
     if known is None or known.numel() < rows * columns:
         known = _zeros[key] = torch.zeros(rows * columns, device=like.device, dtype=like.dtype)
     return known[: rows * columns].view(rows, columns)
-
-
-def extra_inputs(
-    selected: Sequence[Weight], projected: Sequence[ProjectedWeight], inputs: Sequence[Any]
-) -> list[tuple[str, Tensor]]:
-    """(name, example) of what a compiled graph takes behind its own; ports require gradients."""
-
-    def port(position: int, shape: tuple[int, int]) -> tuple[str, Tensor]:
-        like = inputs[position]
-        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
-        return f"memrewrite_port_{position}", zeros
-
-    def basis(position: int, shape: Any, like: Weight | ProjectedWeight) -> tuple[str, Tensor]:
-        kind = "v" if isinstance(like, Weight) else "p"
-        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return f"memrewrite_{kind}_{position}", empty
-
-    return [
-        *(basis(w.position, w.size, w) for w in selected),
-        *(port(w.position, w.port) for w in selected if w.port is not None),
-        *(basis(w.position, w.basis, w) for w in projected),
-        *(port(w.position, w.port) for w in projected),
-    ]
 
 
 def attach_ports(gm: GraphModule, ports: Sequence[Node]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,16 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from memrewrite.gradients.packing import VECTOR
-from memrewrite.optim.galore import Target
+from memrewrite.methods.bases import Bases
+from memrewrite.methods.vectors import Vectors
+from memrewrite.moments.optimizers import ADAM
+from memrewrite.moments.projected import Target
+from memrewrite.moments.stored import Moment
 from memrewrite.optim.hook import attachments
+from memrewrite.session.choice import Part
 from memrewrite.session.session import Session
-from memrewrite.sites.eligible import Selection, Site, projected_numbers, sites_of
+from memrewrite.sites.eligible import Selection, projected_numbers, sites_of
+from memrewrite.sites.weights import Site
 
 NOT_ATTACHED = (
     "not attached yet: no optimizer has stepped {} of the projected weights; their bytes are "
@@ -32,7 +38,7 @@ class OptimizerRow:
 
     name: str
     shape: tuple[int, ...]
-    decision: Literal["projected", "factored", "plain"]
+    decision: Literal["projected", "factored", "stored", "plain"]
     reason: str  # of a plain one
     side: str  # "left" or "right" of a projected one
     rank: int | None
@@ -47,16 +53,16 @@ class OptimizerRow:
 
 def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerRow, ...], str]:
     """(rows, status): nothing where neither gradients nor their moments are small."""
-    small = {id(p): p for p in session.ported()}
-    if session.galore is None and not small:
+    small = session.returned(Vectors)
+    if session.galore is None and session.moments is None and not small:
         return (), ""
     selection = sites_of(model, session.galore) if session.galore else Selection([], [])
-    sites = [s for s in selection.projected if id(s.candidate.parameter) not in small]
-    served, pushed = _served(session), {id(p) for p in session.pushed()}
+    sites = [s for s in selection.projected if s.weight.parameter not in small]
+    served, pushed = _served(session), session.returned(Bases)
     rows = (
-        *(_factored(model, p, session, served) for p in small.values()),
+        *(_factored(model, p, part, served) for p, (part, _) in small.items()),
         *(_projected(site, served, pushed) for site in sites),
-        *_plain(model, sites, selection, served, small),
+        *_others(model, sites, selection, served, set(small), session.moments),
     )
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
     status = f"optimizer state: {before:,} bytes by stock Adam, {after:,} by memrewrite"
@@ -68,7 +74,7 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
     failures = sum(row.failed_refreshes for row in rows)
     if failures:
         status += f"; {failures} refreshes of a projector failed and kept the old one"
-    waiting = [site for site in sites if not served.get(id(site.candidate.parameter), NOBODY).state]
+    waiting = [site for site in sites if not served.get(site.weight.parameter, NOBODY).state]
     return rows, f"{status}\n{NOT_ATTACHED.format(len(waiting))}" if waiting else status
 
 
@@ -84,10 +90,10 @@ class _Served:
 NOBODY = _Served(None, {}, 2)
 
 
-def _served(session: Session) -> dict[int, _Served]:
+def _served(session: Session) -> dict[Tensor, _Served]:
     return {
-        id(parameter): _Served(
-            attachment.targets.get(id(parameter)),
+        parameter: _Served(
+            attachment.targets.get(parameter),
             optimizer.state.get(parameter, {}),
             3 if group["amsgrad"] else 2,
         )
@@ -102,13 +108,12 @@ def _held(state: dict[str, Any]) -> int:
 
 
 def _factored(
-    model: nn.Module, parameter: Tensor, session: Session, served: dict[int, _Served]
+    model: nn.Module, parameter: Tensor, part: Part, served: dict[Tensor, _Served]
 ) -> OptimizerRow:
-    assert session.velora is not None
     name = next((n for n, p in model.named_parameters() if p is parameter), "")
-    mine = served.get(id(parameter), NOBODY)
-    shape = session.coordinates()[id(parameter)]
-    small = math.prod(shape) * parameter.element_size()
+    mine = served.get(parameter, NOBODY)
+    site = next(site for site in part.sites.values() if site.weight.parameter is parameter)
+    small = part.method.small_bytes(site)
     plain = mine.state and VECTOR not in mine.state
     reason = "its state is full-size: see the warning" if plain else ""
     return OptimizerRow(
@@ -116,7 +121,7 @@ def _factored(
         tuple(parameter.shape),
         "plain" if plain else "factored",
         reason,
-        "left" if shape[0] != parameter.shape[0] else "right",
+        "left" if site.left else "right",
         None,
         mine.moments * parameter.nbytes,
         _held(mine.state) or mine.moments * small,
@@ -128,14 +133,16 @@ def _factored(
     )
 
 
-def _projected(site: Site, served: dict[int, _Served], pushed: set[int]) -> OptimizerRow:
-    parameter, shape = site.candidate.parameter, site.candidate.shape
-    mine = served.get(id(parameter), NOBODY)
+def _projected(
+    site: Site, served: dict[Tensor, _Served], pushed: Container[Tensor]
+) -> OptimizerRow:
+    parameter, shape = site.weight.parameter, site.weight.shape
+    mine = served.get(parameter, NOBODY)
     predicted = projected_numbers(shape, site.rank, site.left, mine.moments)
     small = parameter.numel() // shape[0 if site.left else 1] * site.rank
-    held = small * parameter.element_size() if id(parameter) in pushed else parameter.nbytes
+    held = small * parameter.element_size() if parameter in pushed else parameter.nbytes
     return OptimizerRow(
-        site.candidate.name,
+        site.weight.name,
         shape,
         "projected",
         "",
@@ -151,25 +158,31 @@ def _projected(site: Site, served: dict[int, _Served], pushed: set[int]) -> Opti
     )
 
 
-def _plain(
+def _others(
     model: nn.Module,
     sites: list[Site],
     selection: Selection,
-    served: dict[int, _Served],
-    small: dict[int, Tensor],
+    served: dict[Tensor, _Served],
+    small: set[Tensor],
+    form: Moment | None,
 ) -> list[OptimizerRow]:
-    taken = {id(site.candidate.parameter) for site in sites} | small.keys()
-    known = {id(c.parameter): (c.name, reason) for c, reason in selection.plain}
+    taken = {site.weight.parameter for site in sites} | small
+    known = {w.parameter: (w.name, reason) for w, reason in selection.plain}
     rows = []
     for path, parameter in model.named_parameters():
-        if id(parameter) not in taken and parameter.requires_grad:
-            name, reason = known.get(id(parameter), (path, _why_plain(parameter)))
-            mine = served.get(id(parameter), NOBODY)
+        if parameter not in taken and parameter.requires_grad:
+            name, reason = known.get(parameter, (path, _why_plain(parameter)))
+            mine = served.get(parameter, NOBODY)
             size, shape = mine.moments * parameter.nbytes, tuple(parameter.shape)
             held = _held(mine.state) or size
             grad = parameter.nbytes
+            decision: Any = "plain"
+            if form is not None and form.declines(parameter) is None:
+                decision, reason = "stored", f"its moments are kept as {form.name}"
+                names = list(ADAM.moments)[: mine.moments]
+                held = _held(mine.state) or form.bytes_of(parameter, names)
             row = OptimizerRow(
-                name, shape, "plain", reason, "", None, size, held, None, None, 0, grad, grad
+                name, shape, decision, reason, "", None, size, held, None, None, 0, grad, grad
             )
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""report(model): one row per candidate linear, and what the rewrite saved in all."""
+"""report(model): one row per weight that feeds a matmul, and what the rewrite saved in all."""
 
 from __future__ import annotations
 
@@ -11,33 +11,22 @@ from torch import nn
 
 from memrewrite.compiler.liveness import dominates
 from memrewrite.inspect.optimizer_report import OptimizerRow, optimizer_rows, table
+from memrewrite.inspect.reasons import Fate, asked_of, fates_of, reason_of
 from memrewrite.parallel.data_parallel import inner
-from memrewrite.record.decision import GraphRecord, InputRecord
+from memrewrite.record.decision import GraphRecord
 from memrewrite.session.graph import Binding
 from memrewrite.session.session import Session, known_session, parts_of
-from memrewrite.sites.candidates import Candidate, candidates, why_not
+from memrewrite.sites.weights import Weight, candidates
 from passes.joint.find import BATCHED
 
 AnyRow = TypeVar("AnyRow", "Row", OptimizerRow)
 NOTHING_YET = "nothing has been compiled yet: run one training step, then ask again"
 INFERENCE_ONLY = "only inference graphs have been compiled yet: run one training step"
-FATES = {
-    "z saved": "z saved in place of x",
-    "x P saved": "x P of the weights that share it saved in place of x",
-    "rebuilt": "x rebuilt in backward, so nothing is kept; the folded matmul saves time",
-    "kept alive": "x kept alive by {by}: frees no bytes; the folded matmul saves time",
-}
-EXACT_FATES = {
-    "rebuilt": "x rebuilt exactly in backward",
-    "kept alive": "x kept",
-    "z saved": "x replaced by z for the weights that share it",
-    "x P saved": "x replaced by x P",
-}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate. Bytes are of its saved input; see `report`."""
+    """One weight. Bytes are of its saved input; see `report`."""
 
     name: str
     shape: tuple[int, ...]
@@ -152,57 +141,28 @@ def report_of(session: Session, model: nn.Module) -> Report:
     calls: dict[str, Any] = {"calls": session.calls.recent(), "missed": session.calls.line()}
     projected, projected_status = optimizer_rows(session, model)
     found = candidates(model)
-    bindings = [b for g in session.graphs for b in g.bindings.values()]
-    graphs = [b for b in bindings if not b.variant.record.inference]
+    graphs = [b for b in session.bindings() if not b.variant.record.inference]
     if not graphs:
         status = INFERENCE_ONLY if session.graphs else NOTHING_YET
         rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
         totals = _totals([]) | _state_totals(projected)
         return Report(tuple(rows), totals, status, projected, projected_status, **calls)
-    fates = _fates(graphs)
-    chosen = session.selected(found)
-    rows = list(_rows(session, found, chosen, fates))
+    rows = list(_rows(session, found, fates_of(graphs)))
     totals = _totals(_latest(graphs)) | _state_totals(projected)
     owners = dominates(b.variant.record for b in graphs)
     status = _summary(totals, graphs)
     return Report(tuple(rows), totals, status, projected, projected_status, owners, **calls)
 
 
-@dataclass(frozen=True)
-class _Fate:
-    graph: Binding
-    entry: InputRecord | None  # None: no gradient matmul was recognised
-    reason: str
-    weight: int
-
-
-def _fates(graphs: list[Binding]) -> dict[str, list[_Fate]]:
-    """Per name, every input it has in the last graph that has it."""
-    fates: dict[str, list[_Fate]] = {}
-    for graph in graphs:
-        seen: dict[str, list[_Fate]] = {}
-        for entry in graph.variant.record.inputs:
-            for weight in (*entry.weights, *entry.exact_weights):
-                if weight in graph.names:
-                    seen.setdefault(graph.names[weight], []).append(_Fate(graph, entry, "", weight))
-        for weight, reason in graph.variant.record.refused.items():
-            if weight in graph.names:
-                seen.setdefault(graph.names[weight], []).append(_Fate(graph, None, reason, weight))
-        fates |= seen
-    return fates
-
-
-def _rows(
-    session: Session, found: list[Candidate], chosen: set[str], fates: dict[str, list[_Fate]]
-) -> Iterator[Row]:
+def _rows(session: Session, found: list[Weight], fates: dict[str, list[Fate]]) -> Iterator[Row]:
     counted: set[tuple[int, int]] = set()
-    known = {id(c.parameter): c.name for c in reversed(found) if c.name in fates}
-    for candidate in found:
-        name = known.get(id(candidate.parameter), candidate.name)
+    asked = asked_of(session, found)
+    known = {weight.parameter: weight.name for weight in reversed(found) if weight.name in fates}
+    for weight in found:
+        name = known.get(weight.parameter, weight.name)
         mine = fates.get(name, [])
-        if candidate.kind == "raw" and not any(f.entry or f.reason == BATCHED for f in mine):
+        if weight.kind == "raw" and not any(f.entry or f.reason == BATCHED for f in mine):
             continue
-        selected = candidate.name in chosen
         before = after = 0
         for fate in mine:
             key = (id(fate.graph), id(fate.entry))
@@ -211,59 +171,14 @@ def _rows(
                 before += fate.entry.before
                 after += fate.entry.after
         compressed = any(f.entry is not None and f.weight in f.entry.weights for f in mine)
-        reason = _reason(session, candidate, selected, mine)
-        if name != candidate.name:
+        reason = reason_of(session, weight, asked.get(weight.name), mine)
+        if name != weight.name:
             reason = f"shares its weight with {name}, where it is counted"
-        yield _row(candidate, "compressed" if compressed else "exact", reason, before, after)
+        yield _row(weight, "compressed" if compressed else "exact", reason, before, after)
 
 
-def _row(candidate: Candidate, decision: Any, reason: str, before: int, after: int) -> Row:
-    return Row(candidate.name, candidate.shape, decision, reason, before, after)
-
-
-def _reason(session: Session, candidate: Candidate, selected: bool, mine: list[_Fate]) -> str:
-    static = why_not(candidate, session.velora if selected else None)
-    if static is not None:
-        return static
-    if not mine:
-        return "not part of any compiled training graph"
-    parts = dict.fromkeys(_one_reason(session, fate) for fate in mine)
-    return "; ".join(parts)
-
-
-def _one_reason(session: Session, fate: _Fate) -> str:
-    entry, names = fate.entry, fate.graph.names
-    if entry is None:
-        return f"pattern not recognised: {fate.reason}"
-    if fate.graph.variant.record.failure:
-        return f"the rewrite failed and was undone ({fate.graph.variant.record.failure})"
-    if fate.weight not in entry.weights:
-        return f"{_not_selected(session)}; {EXACT_FATES[entry.fate]}"
-    by = " and ".join(_reader(reader, names) for reader in entry.kept_by) or "the caller"
-    reason = FATES[entry.fate].format(by=by)
-    others = [names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != fate.weight]
-    if others:
-        reason += f" (x shared with {', '.join(others)})"
-    leader = names.get(entry.leader, "") if entry.leader is not None else ""
-    if sentence := session.means.sentence(leader):
-        reason += f"; {sentence}"
-    if session.full is not None:
-        reason += f"; its gradient and Adam state stay full-size: {session.full}"
-    return reason
-
-
-def _not_selected(session: Session) -> str:
-    if session.velora is None:
-        return "velora is off"
-    sites = session.velora.sites
-    return f"not selected by sites={sites!r}" if isinstance(sites, str) else "not selected by sites"
-
-
-def _reader(reader: str, names: dict[int, str]) -> str:
-    if reader.startswith("weight:"):
-        position = int(reader.removeprefix("weight:"))
-        return f"the exact gradient of {names.get(position, 'another weight')}"
-    return reader
+def _row(weight: Weight, decision: Any, reason: str, before: int, after: int) -> Row:
+    return Row(weight.name, weight.shape, decision, reason, before, after)
 
 
 def _latest(graphs: list[Binding]) -> list[GraphRecord]:

@@ -118,7 +118,7 @@ def _rows(
     model: nn.Module, given: Sequence[Tensor], packed: Sequence[tuple[Tensor, Binding | None]]
 ) -> Iterator[SavedTensor]:
     session = session_of(model)
-    vectors = [*session.vectors.values(), *session.means.provisional.values()]
+    vectors = [tensor for _, state in session.kept for tensor in state.held()]
     known: dict[int, Kind] = {_memory(t): "vector" for t in vectors}
     known |= {_memory(t): "input" for t in given}
     known |= {_memory(t): "buffer" for t in model.buffers()}

@@ -15,16 +15,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from memrewrite.errors import warn
 from memrewrite.optim.full_gradients import uncompiled
-
-if TYPE_CHECKING:
-    from memrewrite.session.session import Session
+from memrewrite.session.session import Session
 
 MARK = "_memrewrite"  # a name in a model's and in a parameter's __dict__
 COMPILED = "compiled"
@@ -119,27 +117,27 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _look(optimizer: Optimizer, key: tuple[int, int], before: _Known | None) -> _Known:
-    mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    known, claimed = _Known(key), set[int]()
-    old = {id(s.session()): s for s in before.ours} if before else {}
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    known, claimed = _Known(key), set[Tensor]()
+    old = {stepped.session(): stepped for stepped in before.ours} if before else {}
     for session in [s for s in (reference() for reference in _followed) if s is not None]:
         model = session.model()
-        ids = {id(p) for p in model.parameters()} if model is not None else set()
-        claimed |= ids
-        if not ids.isdisjoint(mine):
-            known.ours.append(old.get(id(session)) or _Stepped(weakref.ref(session)))
+        own = set(model.parameters()) if model is not None else set()
+        claimed |= own
+        if not own.isdisjoint(mine):
+            known.ours.append(old.get(session) or _Stepped(weakref.ref(session)))
     for copied in _copies:
-        ids = {id(p) for p in copied.parameters()} - claimed
-        claimed |= ids
-        if not ids.isdisjoint(mine):
+        own = set(copied.parameters()) - claimed
+        claimed |= own
+        if not own.isdisjoint(mine):
             known.copies.append(weakref.ref(copied))
-    known.marked = [p for p in mine.values() if id(p) not in claimed and MARK in p.__dict__]
+    known.marked = [p for p in mine if p not in claimed and MARK in p.__dict__]
     return known
 
 
 def _went_around(stepped: _Stepped, session: Session) -> None:
     model = session.model()
-    compiled = session.called and not session.calls.total  # what runs it is not its call
+    compiled = session.calls.called and not session.calls.total  # what runs it is not its call
     if model is None or compiled or "around" in session.calls.told:
         return
     if not _moved(model.parameters()):

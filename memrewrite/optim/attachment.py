@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,34 +11,36 @@ from torch.optim import Optimizer
 
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Vector
-from memrewrite.optim.galore import Target
-from memrewrite.optim.update import Kind, Update, hyperparameters
-from memrewrite.optim.velora import FactoredKind
+from memrewrite.moments.factored import FactoredKind
+from memrewrite.moments.projected import Target
+from memrewrite.moments.stored import StoredKind
+from memrewrite.moments.update import Kind, Update, build
 from memrewrite.session.session import Session
 
-AnyKind = Kind | FactoredKind
-compiled: dict[tuple[AnyKind, str], Update] = {}
+compiled: dict[tuple[Kind, str], Update] = {}
 
 
 @dataclass
 class Attachment:
-    """What memrewrite does around the steps of one optimizer; dictionaries are by id of the
-    parameter."""
+    """What memrewrite does around the steps of one optimizer."""
 
-    targets: dict[int, Target] = field(default_factory=dict)
-    ported: dict[int, Session] = field(default_factory=dict)  # gradients that may be small
-    scaled: dict[int, Session] = field(default_factory=dict)  # gradients A (x) v, in any form
-    expected: dict[int, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
-    factored: dict[int, FactoredKind] = field(default_factory=dict)  # in the latest step
-    dense: dict[int, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
+    targets: dict[Tensor, Target] = field(default_factory=dict)
+    ported: dict[Tensor, Session] = field(default_factory=dict)  # gradients that may be small
+    scaled: dict[Tensor, Session] = field(default_factory=dict)  # gradients A (x) v, in any form
+    stored: dict[Tensor, Session] = field(default_factory=dict)  # moments in a form of their own
+    expected: dict[Tensor, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
+    factored: dict[Tensor, FactoredKind] = field(default_factory=dict)  # in the latest step
+    dense: dict[Tensor, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
     collected: bool = False  # in the latest step: gradients and parameters, by torch's own code
     traced: bool = False  # a compiled step never steps ours itself, whatever their gradients are
     serves: bool = False  # whether any of its parameters is a compiled model's
-    key: tuple[int, ...] = ()  # of the sessions and parameters that `targets` was made from
+    key: tuple[Any, ...] = ()  # the sessions and parameters that `targets` was made from
     post_hook: Any = None
     state_hooks: list[Any] = field(default_factory=list)
     told: set[str] = field(default_factory=set)  # kinds of warning that were given
-    compared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
+    compared: dict[Tensor, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
+    kinds: dict[Tensor, StoredKind] = field(default_factory=dict)  # of `stored`, in the last step
+    checked: dict[Tensor, Tensor] = field(default_factory=dict)  # of `stored`: a tensor in order
 
     def warn_once(self, kind: str, message: str) -> None:
         """One warning of a kind for an optimizer."""
@@ -59,7 +61,7 @@ def name_of(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def update_of(kind: AnyKind, session: Session, build: Callable[..., Update]) -> Update:
+def update_of(kind: Kind, session: Session) -> Update:
     """The compiled update of a kind, built where there is none."""
     key = (kind, session.engine.backend)
     if key not in compiled:
@@ -82,7 +84,8 @@ def numbers_of(
     if key in shared and step.device.type == "cpu":  # reading another would wait for its device
         step += 1
         return shared[key]
-    shared[key] = update.numbers(step, hyperparameters(slowed(group, scale), update.kind.decays))
+    kind = update.kind
+    shared[key] = update.numbers(step, kind.row.numbers(slowed(group, scale), kind.flags))
     return shared[key]
 
 

@@ -1,15 +1,11 @@
-"""GaLore in the user's own optimizer: attached at its first step, with no line of code.
+"""The user's own optimizer, rewritten: attached at its first step, with no line of code.
 
 A stock `torch.optim.Adam` or `AdamW` steps as it always does, except that it does not see
-the gradients of the projected parameters while it collects its own; after it those
-parameters take their rewritten update. State lives in `optimizer.state[p]`:
-
-    step ()   exp_avg, exp_avg_sq (r, D) or (O, r)   [max_exp_avg_sq]   projector (side, r)
-    projector_stale ()   1 where the latest refresh failed
-
-plain tensors, so `state_dict`, `load_state_dict` and `torch.load(weights_only=True)` know
-it already. Everything that can be refused is refused before anything is written, and an
-optimizer that has nothing to do with us is left alone.
+the gradients of the weights whose state is kept otherwise (projected, factored, stored) while it
+collects its own; after it those take their rewritten update. State lives in
+`optimizer.state[p]`, as plain tensors that `state_dict`, `load_state_dict` and
+`torch.load(weights_only=True)` know already: see `moments`. Everything that can be refused is
+refused before anything is written, and an optimizer that has nothing to do with us is left alone.
 """
 
 from __future__ import annotations
@@ -25,18 +21,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from memrewrite.compiler.skipping import is_tracing
 from memrewrite.errors import warn
 from memrewrite.gradients.gradient import ProjectedGrad
-from memrewrite.optim import membership
+from memrewrite.moments.factored import FactoredKind
+from memrewrite.moments.projected import Target, refresh_if_due
+from memrewrite.moments.projected_gradients import announce, given, is_small, receive
+from memrewrite.moments.update import Update
+from memrewrite.optim import membership, stored_step
 from memrewrite.optim.attachment import Attachment, compiled, members, numbers_of, update_of
-from memrewrite.optim.full_gradients import give_full_gradients, uncompiled
-from memrewrite.optim.galore import Target, refresh_if_due
-from memrewrite.optim.galore_coordinates import announce, given, is_small, receive
-from memrewrite.optim.resume import go_on_from, store_vectors
-from memrewrite.optim.update import Update, build
-from memrewrite.optim.velora import FactoredKind
-from memrewrite.optim.velora_coordinates import (
+from memrewrite.optim.factored_step import (
     spread_orphans,
     step_densely,
     takes,
@@ -44,7 +37,10 @@ from memrewrite.optim.velora_coordinates import (
     warn_of_dense,
     warn_of_scale,
 )
+from memrewrite.optim.full_gradients import give_full_gradients, uncompiled
+from memrewrite.optim.resume import go_on_from, store_vectors
 from memrewrite.session.session import Session, live_sessions
+from memrewrite.session.skipping import is_tracing
 from memrewrite.sites.sharded import gathered, keep_shard
 
 _installed: list[Any] = []
@@ -71,10 +67,11 @@ def attach(optimizer: Optimizer) -> None:
 
 
 def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
-    """The optimizers that update projected or compressed parameters of a session."""
+    """The optimizers that update projected, compressed or stored weights of a session."""
     for optimizer, attachment in membership.attachments():
         served = [target.session for target in attachment.targets.values()]
-        if any(one is session for one in (*served, *attachment.ported.values())):
+        served += [*attachment.ported.values(), *attachment.stored.values()]
+        if session in served:
             yield optimizer, attachment
 
 
@@ -85,7 +82,8 @@ def updates_of(session: Session) -> list[Update]:
         targets = [t for t in attachment.targets.values() if t.session is session]
         known = {target.known for target in targets if target.known is not None}
         kinds |= known | {given(kind) for kind in known}
-        kinds |= {k for i, k in attachment.factored.items() if attachment.ported[i] is session}
+        kinds |= {k for p, k in attachment.factored.items() if attachment.ported[p] is session}
+        kinds |= {k for p, k in attachment.kinds.items() if attachment.stored.get(p) is session}
     backend = session.engine.backend
     found = [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
     # Not in the order of the process: another model may have compiled some of them before.
@@ -105,7 +103,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
             optimizer.register_load_state_dict_post_hook(_go_on),
         ]
     _complain_of_unserved()
-    if not membership.is_adam(optimizer):
+    if not membership.steps_as_known(optimizer):
         warn_of_scale(optimizer, attachment)
         told = partial(warn_of_dense, optimizer, attachment)
         return give_full_gradients(optimizer, args, kwargs, told)
@@ -171,34 +169,36 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         for device in {p.device.type for _, p in members(optimizer)}:
             stack.enter_context(torch.autocast(device, enabled=False))  # as stock Adam is
         for group, parameter in members(optimizer):
-            target, grad = attachment.targets.get(id(parameter)), parameter.grad
-            factored = attachment.factored.get(id(parameter))
-            if (target is None and factored is None) or grad is None:
+            target, grad = attachment.targets.get(parameter), parameter.grad
+            factored, session = attachment.factored.get(parameter), attachment.stored.get(parameter)
+            if (target is None and factored is None and session is None) or grad is None:
                 continue
             if grad_scale is not None:
                 grad.div_(grad_scale.to(grad.device))
             if factored is not None:
-                session = attachment.ported[id(parameter)]
+                session = attachment.ported[parameter]
                 update_factored(factored, session, parameter, group, optimizer, shared)
                 continue
-            assert target is not None
+            if target is None:
+                assert session is not None
+                stored_step.update(session, parameter, group, optimizer, attachment, shared)
+                continue
             failure = _update_one(target, group, grad, optimizer, attachment, shared)
             if failure is not None:
                 attachment.warn_once("refresh", _refresh_failed(target, failure))
         _step_densely(optimizer, attachment)
     if len(compiled) > built:
-        served = [target.session for target in attachment.targets.values()]
-        for session in {*served, *attachment.ported.values()}:
+        served = {target.session for target in attachment.targets.values()}
+        for session in {*served, *attachment.ported.values(), *attachment.stored.values()}:
             session.changed(complete=True)
 
 
 def _step_densely(optimizer: Optimizer, attachment: Attachment) -> None:
     dense = attachment.dense
     for group in optimizer.param_groups if dense else []:
-        scales = {dense[id(p)].step_scale for p in group["params"] if id(p) in dense}
+        scales = {dense[p].step_scale for p in group["params"] if p in dense}
         for scale in scales:
-            mine = [p for p in group["params"] if id(p) in dense]
-            mine = [p for p in mine if dense[id(p)].step_scale == scale]
+            mine = [p for p in group["params"] if p in dense and dense[p].step_scale == scale]
             step_densely(optimizer, group, mine, scale)
 
 
@@ -214,15 +214,14 @@ def _update_one(
     r, failure = None, None
     if is_small(grad):
         small: Any = grad
-        r, failure = receive(target, kind, state, small, group, attachment)
+        r, failure = receive(target, kind, state, small, group, attachment.warn_once)
     if r is None:
         grad = grad.to_dense() if isinstance(grad, ProjectedGrad) else gathered(grad.detach())
         failure = refresh_if_due(target, kind, state, grad, group)
-    update = update_of(kind if r is None else given(kind), target.session, build)
+    update = update_of(kind if r is None else given(kind), target.session)
     weight = gathered(target.parameter.detach())
     tensors = [weight, grad if r is None else r.contiguous()]
-    tensors += [state["exp_avg"], state["exp_avg_sq"]]
-    tensors += [state["max_exp_avg_sq"]] if kind.amsgrad else []
+    tensors += [state[name] for name in kind.row.moments_of(kind.flags)]
     numbers = numbers_of(update, state["step"], group, shared)
     update.apply([*tensors, state["projector"]], numbers)
     keep_shard(target.parameter, weight)
@@ -245,7 +244,7 @@ def _complain_of_unserved() -> None:
         model = session.model()
         if session.galore is None or session.unserved_steps > membership.PATIENCE or model is None:
             continue
-        if not session.called or all(p.grad is None for p in model.parameters()):
+        if not session.calls.called or all(p.grad is None for p in model.parameters()):
             continue  # it is not being trained
         session.unserved_steps += 1
         if session.unserved_steps == membership.PATIENCE:

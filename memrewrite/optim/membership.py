@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Vector
+from memrewrite.methods.vectors import Vectors
+from memrewrite.methods.velora import SubTokens, wide
+from memrewrite.moments.optimizers import row_of
+from memrewrite.moments.projected import Target, check_state, check_target
 from memrewrite.optim.attachment import Attachment, members, name_of
-from memrewrite.optim.galore import Target, check_state, check_target
-from memrewrite.optim.velora_coordinates import warn_of_sums
-from memrewrite.session.selection import small_gradient
+from memrewrite.optim.factored_step import warn_of_sums
 from memrewrite.session.session import Session, live_sessions
-from memrewrite.sites.candidates import candidates, why_not
-from memrewrite.sites.eligible import (
-    SHARDED,
-    Selection,
-    sites_of,
-    weights_of,
-)
+from memrewrite.sites.eligible import SHARDED, Selection, sites_of
 from memrewrite.sites.sharded import can_be_gathered, is_sharded
+from memrewrite.sites.weights import candidates, matrices
 
 PATIENCE = 20  # optimizer steps before a session that no optimizer serves is reported
 
@@ -51,23 +48,24 @@ def attached(optimizer: Optimizer) -> Attachment:
     found = [parameter for _, parameter in members(optimizer)]
     key = (_bindings(sessions), *map(id, sessions), *map(id, found))
     if key != attachment.key:
-        ported = {id(p): session for session in sessions for p in session.ported()}
-        attachment.ported = {id(p): ported[id(p)] for p in found if id(p) in ported}
+        small = {p: session for session in sessions for p in session.returned(Vectors)}
+        attachment.ported = {p: small[p] for p in found if p in small}
         _expect_small(sessions, found, attachment)
         ours = [session for session in sessions if session.galore is not None]
         for session in ours:
             _check_whole(session, found)
         # A small gradient needs no GaLore.
-        left = [p for p in found if id(p) not in attachment.ported]
+        left = [p for p in found if p not in attachment.ported]
         attachment.targets = _targets(ours, left, attachment.targets)
         attachment.scaled = _scaled(sessions, found)
+        attachment.stored = _stored(sessions, left, attachment)
         attachment.serves = _serves(sessions, found)
         attachment.key = key
         for session in sessions:
             warn_of_sums(session)
     if attachment.targets:
         _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
-    if is_adam(optimizer):
+    if steps_as_known(optimizer):
         _check_members(optimizer, attachment)
     return attachment
 
@@ -84,9 +82,9 @@ def _bindings(sessions: list[Session]) -> int:
 
 def _serves(sessions: list[Session], found: list[nn.Parameter]) -> bool:
     """Whether an optimizer may meet a gradient of ours, now or once a graph is compiled."""
-    members = {id(p) for p in found}
-    models = (s.model() for s in sessions if s.velora is not None or s.galore is not None)
-    return any(id(p) in members for m in models if m is not None for p in m.parameters())
+    members = set(found)
+    models = (s.model() for s in sessions if s.velora or s.galore or s.moments)
+    return any(p in members for m in models if m is not None for p in m.parameters())
 
 
 def _check_whole(session: Session, members: list[nn.Parameter]) -> None:
@@ -94,27 +92,41 @@ def _check_whole(session: Session, members: list[nn.Parameter]) -> None:
     model = session.model()
     if model is None or not any(map(is_sharded, members)):
         return
-    ours = {id(p) for p in members}
-    for candidate in weights_of(model):
-        if candidate.name in session.whole and is_sharded(candidate.parameter):
-            if id(candidate.parameter) in ours and not can_be_gathered(candidate.parameter):
+    ours = set(members)
+    for weight in matrices(model):
+        if weight.name in session.whole and is_sharded(weight.parameter):
+            if weight.parameter in ours and not can_be_gathered(weight.parameter):
                 raise UnsupportedError(
-                    f"GaLore is to project {candidate.name} {candidate.shape}, which is {SHARDED} "
+                    f"GaLore is to project {weight.name} {weight.shape}, which is {SHARDED} "
                     "since: a projector needs the whole matrix. Compile without galore_rank, leave "
                     "the sharded weights out of memrewrite.GaLore(sites=...), or train with "
                     "DistributedDataParallel, under which GaLore works"
                 )
 
 
-def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[int, Session]:
+def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[Tensor, Session]:
     """By name, because a sharded weight is another parameter than the one that a graph saw."""
-    ours = {id(p) for p in members}
+    ours = set(members)
     return {
-        id(candidate.parameter): session
+        weight.parameter: session
         for session in sessions
         if (factored := session.factored()) and (model := session.model()) is not None
-        for candidate in candidates(model)
-        if candidate.name in factored and id(candidate.parameter) in ours
+        for weight in candidates(model)
+        if weight.name in factored and weight.parameter in ours
+    }
+
+
+def _stored(
+    sessions: list[Session], left: Sequence[nn.Parameter], attachment: Attachment
+) -> dict[Tensor, Session]:
+    """Weights whose moments are asked for in a form of their own, other methods' apart."""
+    ours = {p for p in left if p not in attachment.targets}
+    return {
+        parameter: session
+        for session in sessions
+        if session.moments is not None and (model := session.model()) is not None
+        for parameter in model.parameters()
+        if parameter in ours and session.moments.declines(parameter) is None
     }
 
 
@@ -123,40 +135,37 @@ def _expect_small(
 ) -> None:
     """Weights that no graph was compiled for yet: torch.distributed.checkpoint takes a step on
     gradients of zeros to learn what an optimizer's state looks like."""
-    ours, attachment.expected = {id(p) for p in members}, {}
+    ours, attachment.expected = set(members), {}
     for session in sessions:
-        model, velora = session.model(), session.velora
-        if model is None or velora is None or session.factored():
+        model = session.model()
+        method = next((m for m in session.methods if isinstance(m, SubTokens)), None)
+        if model is None or method is None or session.factored():
             continue
-        found = candidates(model)
-        chosen = session.selected(found)
-        for candidate in (c for c in found if c.name in chosen and id(c.parameter) in ours):
-            if why_not(candidate, velora) is None and small_gradient(candidate, velora):
-                like = candidate.parameter
-                v = torch.zeros(velora.subtoken_size, device=like.device)
-                v = v.double() if like.dtype == torch.float64 else v
-                attachment.expected[id(like)] = Vector(v, candidate.kind == "conv1d")
-                attachment.ported[id(like)] = session
+        for parameter, site in method.choose(model, candidates(model)).items():
+            if parameter in ours and method.small_gradient(site.weight):
+                size = method.options.subtoken_size
+                v = torch.zeros(size, device=parameter.device, dtype=wide(parameter.dtype))
+                attachment.expected[parameter] = Vector(v, site.left)
+                attachment.ported[parameter] = session
 
 
 def _targets(
-    sessions: list[Session], members: list[nn.Parameter], known: dict[int, Target]
-) -> dict[int, Target]:
-    alive = {id(session) for session in sessions}
-    targets = {key: target for key, target in known.items() if id(target.session) in alive}
-    missing = {id(p) for p in members} - targets.keys()
+    sessions: list[Session], members: list[nn.Parameter], known: dict[Tensor, Target]
+) -> dict[Tensor, Target]:
+    alive = set(sessions)
+    targets = {key: target for key, target in known.items() if target.session in alive}
+    missing = set(members) - targets.keys()
     for session in sessions:
         model, galore = session.model(), session.galore
-        if model is None or galore is None or missing.isdisjoint(map(id, model.parameters())):
+        if model is None or galore is None or missing.isdisjoint(model.parameters()):
             continue
         sites = _selection(model, session).projected
         for index, site in enumerate(sites):
             offset = galore.update_every * index // len(sites) if galore.stagger else 0
-            if id(site.candidate.parameter) in missing:
-                target = Target(site, session, galore, offset)
-                targets[id(site.candidate.parameter)] = target
+            if site.weight.parameter in missing:
+                targets[site.weight.parameter] = Target(site, session, galore, offset)
                 session.unserved_steps = PATIENCE + 1  # served: never complain
-    return {id(p): targets[id(p)] for p in members if id(p) in targets}
+    return {p: targets[p] for p in members if p in targets}
 
 
 def _selection(model: nn.Module, session: Session) -> Selection:
@@ -169,12 +178,13 @@ def _selection(model: nn.Module, session: Session) -> Selection:
     return known[1]
 
 
-def is_adam(optimizer: Optimizer) -> bool:
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(Adam.step)
+def steps_as_known(optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps as a row of `moments.optimizers` says."""
+    return all(row_of(optimizer, group) is not None for group in optimizer.param_groups)
 
 
 def _check_optimizer(optimizer: Optimizer, name: str) -> None:
-    if not is_adam(optimizer):
+    if not steps_as_known(optimizer):
         raise UnsupportedError(
             f"GaLore is to update {name}, but its optimizer is a {name_of(optimizer)}; "
             "use torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
@@ -190,7 +200,7 @@ def _check_optimizer(optimizer: Optimizer, name: str) -> None:
 
 def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
     for group, parameter in members(optimizer):
-        target = attachment.targets.get(id(parameter))
+        target = attachment.targets.get(parameter)
         state = optimizer.state.get(parameter)
         if target is not None:
             check_target(target)

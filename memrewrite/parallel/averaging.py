@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from memrewrite.errors import UnsupportedError
-from memrewrite.gradients.basis import Basis, Vector
+from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.gradient import ProjectedGrad
 
 dist = torch.distributed
@@ -95,7 +95,7 @@ class Averager:
 
     def _mark(self, place: int, basis: Basis) -> int:
         """The same for equal bases alone, as good as; neither v nor P is written in place."""
-        tensor = basis.v if isinstance(basis, Vector) else basis.p
+        tensor = basis.tensor
         known = self.marks.get(place)
         if known is None or known[0]() is not tensor:
             ramp = torch.arange(1, tensor.numel() + 1, device=tensor.device, dtype=torch.float64)

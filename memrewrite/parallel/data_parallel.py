@@ -21,7 +21,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Basis
 from memrewrite.parallel.averaging import Averager
-from memrewrite.session.selection import small_weights
 from memrewrite.sites.sharded import is_sharded as is_dtensor
-
-if TYPE_CHECKING:
-    from memrewrite.session.session import Session
 
 PARTS = (
     *("_active_ddp_module", "_build_params_for_reducer", "_build_debug_param_to_name_mapping"),
@@ -43,6 +39,18 @@ PARTS = (
 )
 AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 KNOWN = all(hasattr(DDP, part) for part in PARTS)
+
+
+class Trained(Protocol):
+    """What data parallelism needs of a compiled model: see `session.session.Session`."""
+
+    model: weakref.ref[nn.Module]
+
+    @property
+    def full(self) -> str | None: ...
+    def keep_full(self, reason: str) -> None: ...
+    def small_weights(self) -> list[nn.Parameter]: ...
+    def basis_of(self, parameter: Tensor) -> Basis | None: ...
 
 
 def active() -> Any:
@@ -92,7 +100,7 @@ class Replica:
     """What stands beside the reducer of one DDP. It does not keep the DDP alive."""
 
     def __init__(self, ddp: Any) -> None:
-        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.sessions: weakref.WeakSet[Trained] = weakref.WeakSet()
         self.ddp = weakref.ref(ddp)
         self.averager = Averager([])
         self.handles: list[Any] = []
@@ -147,9 +155,7 @@ class Replica:
             self.averager.average(ddp.process_group, self._basis_of)
 
     def _basis_of(self, weight: nn.Parameter) -> Basis | None:
-        graphs = (graph for session in self.sessions for graph in session.graphs)
-        bindings = ((g.session, b) for g in graphs for b in g.bindings.values())
-        found = (binding.basis_of(session, weight) for session, binding in bindings)
+        found = (session.basis_of(weight) for session in self.sessions)
         return next((basis for basis in found if basis is not None), None)
 
 
@@ -190,7 +196,7 @@ def replica_of(ddp: nn.Module) -> Replica | None:
     return _replicas.get(ddp)
 
 
-def adopt(session: Session) -> None:
+def adopt(session: Trained, all_of_them: Callable[[], Sequence[Trained]]) -> None:
     """In a call of one of this session's graphs: see to the DDP that it runs in.
 
     Without gradients as well: a reentrant checkpoint runs with them in backward alone.
@@ -200,10 +206,10 @@ def adopt(session: Session) -> None:
         return
     replica = _replicas.get(ddp)
     if session.full is None and (replica is None or session not in replica.sessions):
-        _adopt(ddp, session)
+        _adopt(ddp, session, all_of_them())
 
 
-def group_of(session: Session) -> Any:
+def group_of(session: Trained) -> Any:
     """The process group whose ranks train this session's model together; None for one alone."""
     dist, model, ddp = torch.distributed, session.model(), active()
     if model is None or not (dist.is_available() and dist.is_initialized()):
@@ -227,15 +233,15 @@ def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
     mode = next(modes, None) if active() is not None else None
     if mode is None or model is None:
         return inputs
-    real = {}
+    real: dict[Any, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         copy = mode.fake_tensor_converter._get_memo(tensor)
         if copy is not None:
-            real[id(copy)] = tensor
-    return [real.get(id(value), value) for value in inputs]
+            real[copy] = tensor
+    return [real.get(v, v) if isinstance(v, Tensor) else v for v in inputs]
 
 
-def foresee(session: Session) -> None:
+def foresee(session: Trained) -> None:
     """Before a graph is compiled: whether its gradients may come small at all."""
     model, ddp = session.model(), active()
     if session.full is not None or model is None:
@@ -246,10 +252,8 @@ def foresee(session: Session) -> None:
         session.keep_full("fully_shard takes full gradients and keeps a shard of each on a rank")
 
 
-def _adopt(ddp: Any, session: Session) -> None:
+def _adopt(ddp: Any, session: Trained, others: Sequence[Trained]) -> None:
     """Take the weights of all sessions at once: ranks may call them in another order."""
-    from memrewrite.session.session import live_sessions  # it imports what imports this
-
     if (reason := obstacle(ddp)) is not None:
         session.keep_full(reason)
         return
@@ -258,24 +262,24 @@ def _adopt(ddp: Any, session: Session) -> None:
         _install()
         replica = _replicas[ddp] = Replica(ddp)
         weakref.finalize(ddp, replica.release)
-    replica.sessions |= {session, *live_sessions()}
-    ours = {id(weight) for _, weight in replica.averager.weights}
+    replica.sessions |= {session, *others}
+    ours = {weight for _, weight in replica.averager.weights}
     known = len(ours)
-    ours |= {id(weight) for one in replica.sessions for weight in small_weights(one)}
-    weights = {n: p for n, p in ddp.module.named_parameters() if id(p) in ours}
+    ours |= {weight for one in replica.sessions for weight in one.small_weights()}
+    weights = {n: p for n, p in ddp.module.named_parameters() if p in ours}
     if len(weights) > known:
         replica.take(weights)
         _rebuild(ddp, ours)
 
 
-def _rebuild(ddp: Any, ours: set[int]) -> None:
+def _rebuild(ddp: Any, ours: set[nn.Parameter]) -> None:
     """Another reducer, as DDP makes one from a pickle, without these parameters."""
     ignored = ddp.parameters_to_ignore
     names = {
         f"{path}.{name}"  # as the reducer spells them
         for path, module in ddp.module.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in ours
+        if parameter in ours
     }
     ddp._remove_autograd_hooks()
     try:  # only for this: a copy of the DDP is trained without us

@@ -22,7 +22,7 @@ from typing import Any
 
 import sympy
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memrewrite.compiler.liveness import dominates
@@ -193,7 +193,7 @@ def estimate(
     session, model = known_session(model), inner(model)
     galore = session.galore if session else None
     traced, fake = trace(model, args, kwargs, dynamic)
-    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [binding.variant.record for binding in traced.bindings()]
     records = [record for record in records if not record.inference]
     if not records:
         raise UnsupportedError(
@@ -203,9 +203,10 @@ def estimate(
     symbols = symbols_of(records)
     small, pushed = factored_gradients(traced, fake), projected_gradients(traced, fake)
     named = dict(model.named_parameters())
-    by_id = {id(named[name]): size for name, size in small.items()}
-    ids = [id(named[name]) for name in pushed]
-    plain, rewritten = state_of(model, optimizer, galore, by_id, ids)
+    factored: dict[Tensor, tuple[int, int]] = {named[n]: size for n, size in small.items()}
+    projected = [named[name] for name in pushed]
+    moments = session.moments if session else None
+    plain, rewritten = state_of(model, optimizer, galore, factored, projected, moments)
     gradients = {name: size for name, (size, _) in small.items()} | pushed
     program = _program(fake, records, "after", rewritten, symbols, gradients)
     if pushed:
@@ -256,10 +257,11 @@ def _with_sketches(
 ) -> Program:
     """The same with the peak of the steps whose gradients are sketched for a new projector."""
     traced, fake = trace(model, args, kwargs, dynamic, settled=False)
-    records = [b.variant.record for g in traced.graphs for b in g.bindings.values()]
+    records = [binding.variant.record for binding in traced.bindings()]
     records = [record for record in records if not record.inference]
     peaks = _program(fake, records, "after", kept, symbols_of(records))
-    bases = sum(basis.p.nbytes for basis in traced.bases.values())  # beside the projectors
+    held = [basis.p for basis in traced.bases.by_name.values()] if traced.bases else []
+    bases = sum(p.nbytes for p in held)  # beside the projectors
     found = [peaks.forward_peak + bases, peaks.backward_peak + bases]
     found += [] if program.refresh_peak is None else [program.refresh_peak]
     return replace(program, refresh_peak=largest(found))

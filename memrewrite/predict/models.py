@@ -7,7 +7,6 @@ a callable that returns (model, args, kwargs).
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import math
@@ -19,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-import memrewrite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,60 +43,6 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> None:
-    """The flags that describe a model, its inputs and what is to be rewritten."""
-    what = "a script.py, or " if script else ""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="",
-        help=f"{what}a config.json, {', '.join(NAMES)}, or module:function",
-    )
-    parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--seq", type=_positive, default=2048)
-    parser.add_argument("--vocab", type=_positive, help="another vocabulary than the model's")
-    parser.add_argument("--layers", type=_positive, help="another depth than the model's")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--checkpointing", action="store_true", help="of each layer")
-    parser.add_argument("--velora", action="store_true")
-    parser.add_argument("--subtoken-size", type=_positive, default=16)
-    parser.add_argument("--sites", default="auto", help="of velora: auto, all or a pattern")
-    parser.add_argument("--galore-rank", type=_positive)
-
-
-def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model that the flags describe, compiled with the options they ask for, and inputs."""
-    name = arguments.hf_config or arguments.model
-    if not name:
-        raise ValueError("name a model: a config.json, a known shape, or module:function")
-    given: tuple[Any, ...] = ()
-    if ":" in name:
-        model, given, named = called(name)
-    else:
-        model = from_config(name, arguments.vocab, arguments.layers)
-        model.to(dtype=DTYPES[arguments.dtype])
-        if arguments.checkpointing:
-            checkpointed: Any = model
-            checkpointed.gradient_checkpointing_enable()
-        with torch.device("meta"):
-            named = inputs(model, arguments.batch, arguments.seq, DTYPES[arguments.dtype])
-    sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
-    velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
-    memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank)
-    return model, given, named
-
-
-def depth(arguments: argparse.Namespace) -> int | None:
-    """The layers of a model whose depth is a number in its config; None for any other."""
-    name = arguments.hf_config or arguments.model
-    if ":" in name or not name:
-        return None
-    if arguments.layers is not None:
-        return int(arguments.layers)
-    return getattr(_config(name), "num_hidden_layers", None)
-
-
 def from_config(
     name: str,
     vocab: int | None = None,
@@ -113,7 +56,7 @@ def from_config(
     On the meta device it takes no memory. Without `dropout` it has none. Raises ValueError for
     an unknown one.
     """
-    config = _config(name)
+    config = config_of(name)
     if vocab is not None:
         config.vocab_size = vocab
     if layers is not None:
@@ -146,7 +89,8 @@ def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[st
     return {"input_ids": ids, "labels": ids}
 
 
-def _config(name: str) -> Any:
+def config_of(name: str) -> Any:
+    """The Hugging Face config of a known shape or a file. Raises ValueError for others."""
     try:
         from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
     except ImportError as error:
@@ -201,10 +145,3 @@ def parse_bytes(text: str) -> int:
             if math.isfinite(value) and value >= 1:
                 return int(value)
     raise ValueError(f"{text!r} is no amount of memory; write 24GiB, 24GB, 800MiB or bytes")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value

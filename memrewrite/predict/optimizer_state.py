@@ -17,8 +17,11 @@ from torch.optim import Optimizer
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.range_finder import OVERSAMPLING
-from memrewrite.sites.eligible import Site, projected_numbers, sites_of
+from memrewrite.moments.optimizers import ADAM
+from memrewrite.moments.stored import Moment
+from memrewrite.sites.eligible import projected_numbers, sites_of
 from memrewrite.sites.options import GaLore
+from memrewrite.sites.weights import Site
 
 MOMENTS: dict[type[Optimizer], Callable[[dict[str, Any]], int]] = {
     optim.Adam: lambda group: 3 if group["amsgrad"] else 2,
@@ -45,14 +48,16 @@ def state_of(
     model: nn.Module,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     galore: GaLore | None,
-    small: Mapping[int, tuple[int, int]] = MappingProxyType({}),
-    pushed: Collection[int] = (),
+    small: Mapping[Tensor, tuple[int, int]] = MappingProxyType({}),
+    pushed: Collection[Tensor] = (),
+    moments: Moment | None = None,
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.
 
-    small: by id of a parameter, the bytes of its gradient where that comes as coordinates, and
-        those of its v, which the state holds as well.
-    pushed: ids of parameters whose gradient comes in the projector's coordinates.
+    small: of each parameter whose gradient comes as coordinates, the bytes of that, and those of
+        its v, which the state holds as well.
+    pushed: parameters whose gradient comes in the projector's coordinates.
+    moments: the form that those of all other parameters are kept in.
     Raises UnsupportedError for an optimizer whose state is not known here.
     """
     if optimizer is None:
@@ -66,30 +71,38 @@ def state_of(
     if galore is not None and kind not in (optim.Adam, optim.AdamW):
         raise UnsupportedError(f"GaLore projects Adam and AdamW, not {kind.__name__}")
     group = optimizer.param_groups[0]
-    moments = MOMENTS[kind](group)
+    count = MOMENTS[kind](group)
     trained = [p for p in model.parameters() if p.requires_grad]
-    plain = Kept(moments * sum(p.nbytes for p in trained), _temporaries(trained, group))
-    if galore is None and not small:
+    plain = Kept(count * sum(p.nbytes for p in trained), _temporaries(trained, group))
+    if galore is None and moments is None and not small:
         return plain, plain
-    factored = [p for p in trained if id(p) in small]
+    factored = [p for p in trained if p in small]
     if kind not in (optim.Adam, optim.AdamW) or (
         group["weight_decay"] and not group["decoupled_weight_decay"]
     ):
         dense = sum(p.nbytes for p in factored)  # built in each step
         return plain, Kept(plain.state, plain.step + dense)
     sites = sites_of(model, galore).projected if galore is not None else []
-    sites = [site for site in sites if id(site.candidate.parameter) not in small]
-    taken = {id(site.candidate.parameter) for site in sites} | small.keys()
-    rest = [p for p in trained if id(p) not in taken]
-    state = moments * sum(p.nbytes for p in rest) + sum(_projected(s, moments) for s in sites)
-    state += sum(moments * small[id(p)][0] + small[id(p)][1] for p in factored)
-    given = [s for s in sites if id(s.candidate.parameter) in pushed]
-    others = [s for s in sites if id(s.candidate.parameter) not in pushed]
+    sites = [site for site in sites if site.weight.parameter not in small]
+    taken = {site.weight.parameter for site in sites} | small.keys()
+    rest = [p for p in trained if p not in taken]
+    state = sum(_stored(p, count, moments) for p in rest)
+    state += sum(_projected(s, count) for s in sites)
+    state += sum(count * small[p][0] + small[p][1] for p in factored)
+    given = [s for s in sites if s.weight.parameter in pushed]
+    others = [s for s in sites if s.weight.parameter not in pushed]
     updates = [*map(_update, others), *(_update(s) // 2 for s in given)]  # of those, R is there
     step = max([_temporaries(rest, group), *updates])
     refreshes = [*(_refresh(s, galore) for s in others if galore), *map(_sketched, given)]
     refresh = None if galore is None else max(refreshes, default=None)
     return plain, Kept(state, step, refresh)
+
+
+def _stored(parameter: nn.Parameter, count: int, moments: Moment | None) -> int:
+    """Of the moments of one weight, in the form that is asked for."""
+    if moments is None or moments.declines(parameter) is not None:
+        return count * parameter.nbytes
+    return moments.bytes_of(parameter, list(ADAM.moments)[:count])
 
 
 def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
@@ -104,21 +117,21 @@ def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
 
 
 def _projected(site: Site, moments: int) -> int:
-    parameter = site.candidate.parameter
-    numbers = projected_numbers(site.candidate.shape, site.rank, site.left, moments)
+    parameter = site.weight.parameter
+    numbers = projected_numbers(site.weight.shape, site.rank, site.left, moments)
     return numbers * parameter.element_size()
 
 
 def _update(site: Site) -> int:
     """R and Z, (r, other) each, in float32 at least."""
     _, other = _sides(site)
-    return 2 * site.rank * other * max(4, site.candidate.parameter.element_size())
+    return 2 * site.rank * other * max(4, site.weight.parameter.element_size())
 
 
 def _refresh(site: Site, galore: GaLore) -> int:
     """The gradient in float32, normalised, and the factors of its decomposition."""
     side, other = _sides(site)
-    size = site.candidate.parameter.element_size()
+    size = site.weight.parameter.element_size()
     copies = 1 if size >= 4 else 2
     if galore.refresh == "svd":
         factors = side * min(side, other) + min(side, other) * other
@@ -133,10 +146,10 @@ def _sketched(site: Site) -> int:
     """The sketch, normalised, its factors, and R: (side, k) three times and (r, other)."""
     side, other = _sides(site)
     k = min(site.rank + OVERSAMPLING, other)
-    size = site.candidate.parameter.element_size()
+    size = site.weight.parameter.element_size()
     return max(4, size) * (3 * side * k + site.rank * other)
 
 
 def _sides(site: Site) -> tuple[int, int]:
-    numel, rows = site.candidate.parameter.numel(), site.candidate.shape[0]
+    numel, rows = site.weight.parameter.numel(), site.weight.shape[0]
     return (rows, numel // rows) if site.left else (numel // rows, rows)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from memrewrite.api import call_of, passes_for
 from memrewrite.compiler.backend import Engine
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.packing import packed_bytes
+from memrewrite.methods import methods_for
+from memrewrite.methods.bases import Bases
+from memrewrite.methods.vectors import Vectors
 from memrewrite.predict.fake import fake_mode, without_memory
+from memrewrite.session.call import call_of
 from memrewrite.session.session import Session, known_session
 
 
@@ -23,19 +25,20 @@ def trace(
 ) -> tuple[Session, nn.Module]:
     """Capture, rewrite and split a model without memory: its session, and the copy it is of.
 
-    settled: as between two refreshes of GaLore's projectors, not on the step of one.
-
     The options are those that the model was compiled with, none where it was not.
+    settled: as between two refreshes of GaLore's projectors, not on the step of one.
+    Raises UnsupportedError where capture fails.
     """
     known = known_session(model)
-    velora = known.velora if known else None
+    velora, galore = (known.velora, known.galore) if known else (None, None)
     if velora is not None:
         velora = replace(velora, init="ones")  # the same bytes, and no calibration
+    activations = known.request.get("activations") if known else None
     mode = fake_mode(dynamic)
     fake, inputs, keywords = without_memory(mode, model, args, kwargs)
     engine = Engine("trace", None, None, dynamic)
-    galore = known.galore if known else None
-    session = Session(weakref.ref(fake), velora, engine, passes_for, {}, galore, settled=settled)
+    methods = methods_for(velora, galore, activations, settled)
+    session = Session(weakref.ref(fake), engine, methods, {}, velora, galore)
     try:
         with mode, torch.enable_grad():
             compiled: Any = torch.compile(call_of(fake), backend=session, dynamic=dynamic)
@@ -47,27 +50,22 @@ def trace(
 
 def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[int, int]]:
     """Bytes of the gradients that come as coordinates, and of their v, by the weight's name."""
-    if session.velora is None:
+    vectors = session.vectors
+    if vectors is None:
         return {}
-    names = {id(p): name for name, p in model.named_parameters()}
-    size, shapes = session.velora.subtoken_size, session.coordinates()
-    return {
-        names[id(p)]: (
-            math.prod(shapes[id(p)]) * p.element_size(),
-            packed_bytes(size, p.dtype),
-        )
-        for p in session.ported()
-    }
+    size, small = vectors.options.subtoken_size, _small(session, model, Vectors)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    return {name: (taken, packed_bytes(size, dtypes[name])) for name, taken in small.items()}
 
 
 def projected_gradients(session: Session, model: nn.Module) -> dict[str, int]:
     """Bytes of the gradients that come in a projector's coordinates, by the weight's name."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    kept = {id(p) for p in session.pushed()}
-    choices = [choice for graph in session.graphs for choice in graph.choices.values()]
-    sites = [site for choice in choices for _, site in choice.sites]
+    return _small(session, model, Bases)
+
+
+def _small(session: Session, model: nn.Module, state: Any) -> dict[str, int]:
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
-        names[id(p)]: site.rank * p.shape[1 if site.left else 0] * p.element_size()
-        for site in sites
-        if id(p := site.candidate.parameter) in kept
+        names[parameter]: part.method.small_bytes(part.sites[ask.position])
+        for parameter, (part, ask) in session.returned(state).items()
     }

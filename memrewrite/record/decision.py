@@ -21,19 +21,28 @@ HALVES = ("forward", "backward")
 
 @dataclass
 class InputRecord:
-    """One activation that weight gradients read, and its fate."""
+    """One activation that weight gradients read, and what became of it."""
 
-    weights: list[int]  # compressed through one z
-    exact_weights: list[int]  # not selected, same tensor
-    leader: int | None  # whose v is used; None where nothing is compressed
+    compressed: dict[str, list[int]]  # method: weights that read its z in place of x, leader first
+    exact_weights: list[int]  # the others
     features: int  # D
     bytes: int  # of the activation
-    z_bytes: int = 0  # of z, where z is kept
-    p_bytes: int = 0  # of x P of all weights that read x, where they are kept
+    small_bytes: dict[str, int] = field(default_factory=dict)  # method: of what it keeps instead
     before: int = 0  # kept by torch.compile's default partition
-    after: int = 0  # kept by ours: the activation, or z, or nothing
-    fate: str = "rebuilt"  # or "z saved", or "kept alive"
+    after: int = 0  # kept by ours: the activation, or what stands for it, or nothing
+    fate: str = "rebuilt"  # or "small", or "kept"
     kept_by: list[str] = field(default_factory=list)
+    declined: dict[int, str] = field(default_factory=dict)  # weights that a method left: why
+
+    @property
+    def weights(self) -> list[int]:
+        """All that read something smaller."""
+        return sorted(weight for weights in self.compressed.values() for weight in weights)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> InputRecord:
+        declined = {int(weight): reason for weight, reason in data["declined"].items()}
+        return cls(**{**data, "declined": declined})
 
 
 @dataclass
@@ -95,15 +104,15 @@ class MemoryRecord:
 
 @dataclass
 class GraphRecord:
-    """One captured graph: its inputs' fates and its totals."""
+    """One captured graph: what became of its activations, and its totals."""
 
     inference: bool = False
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
-    factored: list[int] = field(default_factory=list)  # weights with a gradient A (x) v
-    ported: list[int] = field(default_factory=list)  # those of which A alone is returned
-    projected: list[int] = field(default_factory=list)  # weights with a gradient P R or R P^T
+    # Method: weights whose whole gradient has its small form; those of which it alone is returned.
+    whole: dict[str, list[int]] = field(default_factory=dict)
+    returned: dict[str, list[int]] = field(default_factory=dict)
     absent: dict[int, int] = field(default_factory=dict)  # outputs whose gradient may be: bytes
     kept_before: int = 0
     kept_after: int = 0
@@ -141,7 +150,7 @@ class GraphRecord:
         """What `store` wrote there, or None."""
         try:
             data = json.loads(path.read_text())
-            inputs = [InputRecord(**item) for item in data["inputs"]]
+            inputs = [InputRecord.from_json(item) for item in data["inputs"]]
             kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
             absent = {int(output): size for output, size in data["absent"].items()}

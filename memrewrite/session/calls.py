@@ -9,20 +9,18 @@ profiler's mode), Dynamo is made to look at the next call again.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memrewrite.compiler import skipping
 from memrewrite.errors import warn
-
-if TYPE_CHECKING:
-    from memrewrite.session.session import Session
+from memrewrite.session import skipping
 
 WINDOW = 100  # calls that the report looks back on
 LOOKS = 8  # times that Dynamo is made to look again at a model, which traces it each time
@@ -33,12 +31,23 @@ log = logging.getLogger(__name__)
 class Calls:
     """The calls of one model that trained, and which of them missed."""
 
+    called: bool = False  # Dynamo has captured something
+    ran: int = 0  # rewritten training graphs that were called
+    failure: str = ""  # of the latest compile
+    foreign: bool = False  # a graph was called with other parameters than the model's
     total: int = 0
     missed: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
     looks: int = LOOKS
     raised: int = 0  # exceptions
     told: set[str] = field(default_factory=set)  # kinds of cause
     cause: str = ""  # of the last miss
+
+    def count(self, training: bool, foreign: bool) -> None:
+        """A captured graph is called."""
+        if foreign:
+            self.foreign = True
+        else:
+            self.ran += training
 
     def recent(self) -> tuple[int, int]:
         """(missed, all) of the last calls, at most WINDOW."""
@@ -52,7 +61,12 @@ class Calls:
         return f"{missed} of the last {recent} calls did not run the rewritten graph: {self.cause}"
 
 
-def watched(session: Session, call: Callable[..., Any], compiled: Callable[..., Any]) -> Any:
+def watched(
+    model: weakref.ref[nn.Module],
+    calls: Calls,
+    call: Callable[..., Any],
+    compiled: Callable[..., Any],
+) -> Any:
     """The compiled call of a model, counted. `call` is what it compiles.
 
     An outer compiler traces through it, as through the compiled call itself.
@@ -61,40 +75,38 @@ def watched(session: Session, call: Callable[..., Any], compiled: Callable[..., 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return compiled(*args, **kwargs)
-        before = session.ran
+        before = calls.ran
         try:
             result = compiled(*args, **kwargs)
         except Exception as error:
-            _raised(session, error)
+            _raised(calls, error)
             raise
-        if session.ran != before:
-            session.calls.total += 1
+        if calls.ran != before:
+            calls.total += 1
         elif torch.is_grad_enabled():
-            _missed(session, call, result)
+            _missed(model(), calls, call, result)
         return result
 
     skipping.exempt(run)
     return run
 
 
-def _raised(session: Session, error: Exception) -> None:
+def _raised(calls: Calls, error: Exception) -> None:
     """Dynamo skips from now on what raised while it ran as it is: have it look again."""
-    calls = session.calls
     calls.raised += 1
     if calls.looks:
         calls.looks -= 1
         skipping.look_again(skipping.ran_as_they_are(error.__traceback__))
 
 
-def _missed(session: Session, call: Any, result: Any) -> None:
-    model, calls = session.model(), session.calls
+def _missed(model: nn.Module | None, calls: Calls, call: Any, result: Any) -> None:
     if model is None or skipping.traced_by_jit() or not _trains(model, result):
         return
     calls.total += 1
     calls.missed.append(calls.total)
     raised = 0 if calls.looks else calls.raised
-    cause = skipping.why(model, call.__code__, session.failure, session.foreign, raised)
-    session.foreign = False
+    cause = skipping.why(model, call.__code__, calls.failure, calls.foreign, raised)
+    calls.foreign = False
     if cause.passing and calls.looks:
         calls.looks -= 1
         skipping.look_again([call.__code__, *skipping.forwards(model)])

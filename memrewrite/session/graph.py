@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from memrewrite.calibration import observe
 from memrewrite.compiler.absence import told_of_absence
-from memrewrite.compiler.backend import GUARDS_TRAINED, capture
+from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
 from memrewrite.errors import warn
-from memrewrite.gradients.basis import Basis, Vector
-from memrewrite.gradients.port import Port, extra_inputs, trained_outputs
-from memrewrite.optim.resume import recall_bases, recall_vector, states_of
-from memrewrite.parallel.data_parallel import adopt, foresee, originals, rehearsed
+from memrewrite.gradients.basis import Basis
+from memrewrite.gradients.port import Port, trained_outputs
+from memrewrite.methods.method import Ask, Bound, Method, State
+from memrewrite.methods.request import extra_inputs, make_request
+from memrewrite.parallel.data_parallel import originals, rehearsed
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.logs import tell
-from memrewrite.record.request import ProjectedWeight, Weight, make_plan
-from memrewrite.session.selection import Choice, choose
-
-if TYPE_CHECKING:
-    from memrewrite.session.session import Session
+from memrewrite.session.calls import Calls
+from memrewrite.session.choice import Choice, Part, choose
 
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
+Asked = list[tuple[Part, list[Ask]]]
 
 
 @dataclass
 class Variant:
-    """A captured graph compiled for one set of selected arguments."""
+    """A captured graph compiled for one set of asks."""
 
     compiled: Callable[..., Any]
     record: GraphRecord
-    selected: Sequence[Weight] = ()
-    projected: Sequence[ProjectedWeight] = ()
-    outputs: int | None = None  # own outputs, where running means follow them
-    observed: Sequence[Weight] = ()
+    asked: Asked = field(default_factory=list)
+    outputs: int | None = None  # its own, where some follow that a method observes
+    observed: tuple[Part, list[int]] | None = None  # and of which weights those are
 
     def __post_init__(self) -> None:
-        groups = [i for i in self.record.inputs if i.leader is not None]
-        self.leaders = [w for w in self.selected if w.position in {i.leader for i in groups}]
-        self.leader_of = {w: i.leader for i in groups for w in i.weights}
-        self.group_of = {w: i.weights for i in groups for w in i.weights}  # the leader first
+        groups = [g for i in self.record.inputs for g in i.compressed.values()]
+        self.readers = {weight: group for group in groups for weight in group}  # leader first
+        self.leader_of = {weight: group[0] for weight, group in self.readers.items()}
 
 
 @dataclass
@@ -54,195 +50,194 @@ class Binding:
     """A variant called with particular weights. Layers of one shape may share a graph."""
 
     variant: Variant
-    names: dict[int, str]  # argument position -> candidate name
+    names: dict[int, str]  # argument position -> the weight's name
     parameters: list[tuple[int, weakref.ref[Tensor]]]
-    projected: dict[int, str]  # argument position -> name of its basis
-    foreign: bool = False  # see `selection.Choice`
-    calibrated: bool = False
-    calls: int = 0  # before it was
-    unread: dict[int, Tensor] = field(default_factory=dict)
+    bound: list[tuple[Part, Bound]]
+    foreign: bool = False  # see `choice.Choice`
 
-    def __post_init__(self) -> None:
-        """readers: of each selected weight, the names of all that read its input."""
-        groups = self.variant.group_of
-        self.readers: dict[int, tuple[str, ...]] = {
-            w.position: tuple(self.names[p] for p in groups.get(w.position, [w.position]))
-            for w in self.variant.selected
-        }
-
-    def extra(self, session: Session, args: Sequence[Any]) -> list[Tensor]:
-        """What the compiled graph takes behind its own arguments: see `ports.extra_inputs`."""
-        selected, read = self.variant.selected, self.variant.group_of
-        vectors = [
-            session.vector(self.readers[w.position], w) if w.position in read else self._unread(w)
-            for w in selected
-        ]
+    def extra(self, args: Sequence[Any]) -> list[Tensor]:
+        """What the compiled graph takes besides its own: see `methods.request.extra_inputs`."""
+        found: list[Tensor] = []
         make: Any = Port.apply
-        ports = [
-            make(args[w.position], Vector(v, w.left), self.names[w.position])
-            for w, v in zip(selected, vectors, strict=True)
-            if w.port is not None
-        ]
-        placed = [(w.position, self.projected[w.position]) for w in self.variant.projected]
-        bases = [session.bases[name] for _, name in placed]
-        more = [make(args[i], b, name) for (i, name), b in zip(placed, bases, strict=True)]
-        return [*vectors, *ports, *(basis.p for basis in bases), *more]
+        for part, bound in self.bound:
+            bases = part.state.handed(bound)
+            ported = [(a, b) for a, b in zip(bound.asks, bases, strict=False) if a.port is not None]
+            found += [basis.tensor for basis in bases]
+            found += [make(args[a.position], b, bound.names[a.position]) for a, b in ported]
+        return found
 
-    def _unread(self, weight: Weight) -> Tensor:
-        """In place of the v of a weight that this graph has no small gradient of."""
-        if weight.position not in self.unread:
-            self.unread[weight.position] = torch.ones(
-                weight.size, dtype=weight.dtype, device=weight.device
-            )
-        return self.unread[weight.position]
-
-    def basis_of(self, session: Session, parameter: Tensor) -> Basis | None:
+    def basis_of(self, parameter: Tensor) -> Basis | None:
         """In which a parameter's gradient comes next, where it comes small and that is known."""
         at = next((i for i, known in self.parameters if known() is parameter), None)
-        if at in self.projected:
-            return session.bases.get(self.projected[at])
-        weight = next((w for w in self.variant.selected if w.position == at), None)
-        if weight is None or weight.port is None:
-            return None
-        readers = self.readers[weight.position]
-        if session.vectors.keys().isdisjoint(readers):
-            return None
-        return Vector(session.vector(readers, weight), weight.left)
+        for part, bound in self.bound:
+            for ask in bound.asks:
+                if ask.position == at:
+                    return part.state.known(bound, ask)
+        return None
+
+    def asks(self) -> Iterator[tuple[Part, Ask, Tensor]]:
+        """Every ask, and the parameter that it is for."""
+        for part, bound in self.bound:
+            for ask in bound.asks:
+                parameter = bound.parameter(ask.position)
+                if parameter is not None:
+                    yield part, ask, parameter
+
+
+@dataclass(eq=False)
+class Setting:
+    """What the graphs of one model have in common."""
+
+    model: weakref.ref[nn.Module]
+    engine: Engine
+    methods: Sequence[tuple[Method, State]]
+    calls: Calls
+    group: Callable[[], Any]  # of the ranks that train the model together
+    foresee: Callable[[], None]  # called ahead of a compile, and of the first call of a graph
+    adopt: Callable[[], None]  # called ahead of every call
+    full: str | None = None  # why gradients stay full-size, where small ones were asked for
 
 
 class Graph:
-    """One captured graph, called with v appended to its arguments.
+    """One captured graph, called with what its methods ask for after its arguments.
 
     Dynamo may serve several layers by one graph: after a graph break the weights are
     mere arguments of it. Which weights a call is for is therefore read off its
     arguments, and a call whose selection differs gets a variant of its own.
     """
 
-    def __init__(self, session: Session, gm: GraphModule, inputs: Sequence[Any]) -> None:
-        self.session, self.gm = session, gm
+    def __init__(self, setting: Setting, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        self.setting, self.gm = setting, gm
         self.training = torch.is_grad_enabled()
         self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
-        model = session.model()
+        model = setting.model()
         real = originals(model, inputs)
         self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
-        buffers = {id(b) for b in model.buffers()} if model is not None else set()
-        self.buffers = [i for i, value in enumerate(real) if id(value) in buffers]
+        buffers = set(model.buffers()) if model is not None else set()
+        tensors = [(i, value) for i, value in enumerate(real) if isinstance(value, Tensor)]
+        self.buffers = [i for i, value in tensors if value in buffers]
         self.variants: dict[Any, Variant] = {}
         self.choices: dict[Any, Choice] = {}  # by the parameters of a call
-        self.bindings: dict[Any, Binding] = {}  # by the parameters, and what is projected
-        foresee(session)
+        self.bindings: dict[Any, Binding] = {}  # by the parameters, and what moving methods ask
+        setting.foresee()
         self._bind(real)
-        if self.dynamic and self._choice(real).sites:
-            self._compile_both(real)
+        if self.dynamic and any(p.method.moves and p.sites for p in self._choice(real).parts):
+            self._compile_every_form(real)
 
     def __call__(self, *args: Any) -> Any:
         if rehearsed():
             return self._rehearse(args)
-        adopt(self.session)
+        self.setting.adopt()
         binding = self._bind(args)
-        if not binding.calibrated:
-            self._calibrate(binding, args)
+        for part, bound in binding.bound:
+            if not bound.ready:
+                part.state.prepare(bound, args)
         variant = binding.variant
-        if binding.foreign:
-            self.session.foreign = True
-        else:
-            self.session.ran += self.training
+        self.setting.calls.count(self.training, binding.foreign)
         token = _running.set(binding)
         try:
-            results = variant.compiled(*args, *binding.extra(self.session, args))
+            results = variant.compiled(*args, *binding.extra(args))
         finally:
             _running.reset(token)
-        if variant.outputs is None:
+        if variant.outputs is None or variant.observed is None:
             return results
-        self._update_means(binding, results[variant.outputs :])
+        self._follow(binding, results[variant.outputs :])
         return results[: variant.outputs]
+
+    def _follow(self, binding: Binding, totals: Sequence[Tensor]) -> None:
+        assert binding.variant.observed is not None
+        observing, positions = binding.variant.observed
+        for part, bound in binding.bound:
+            if part.method is observing.method:
+                part.state.follow(bound, positions, totals)
 
     def _rehearse(self, args: Sequence[Any]) -> Any:
         """Called while Dynamo compiles, with tensors without memory, for the shapes of outputs.
 
         Inductor's programs are made to return such tensors once: none may be left to do so.
         """
-        bound = self._bind(originals(self.session.model(), args)).variant
+        mine = self._bind(originals(self.setting.model(), args)).variant
         results = None
-        for variant in (*self.variants.values(), bound):
-            extra = extra_inputs(variant.selected, variant.projected, args)
+        for variant in (*self.variants.values(), mine):
+            extra = extra_inputs(self._request(len(args), variant.asked))
             results = variant.compiled(*args, *(value for _, value in extra))
-        return results[: bound.outputs]  # type: ignore[index]
+        return results[: mine.outputs]  # type: ignore[index]
 
     def forget(self) -> None:
         """Choose anew at the next call: an option has changed."""
         self.choices, self.bindings = {}, {}
 
     def _choice(self, args: Sequence[Any]) -> Choice:
+        # By address, and compared below: a key must not keep what functional_call swaps in alive.
         key = tuple(id(args[i]) for i in self.positions), self._trained(args)
         known = self.choices.get(key)
         if known is None or not all(p() is args[i] for i, p in known.parameters):
             self.bindings = {k: b for k, b in self.bindings.items() if k[0] is not known}
-            known = self.choices[key] = choose(self.session, self.positions, args)
-            recall_bases(self.session, [site for _, site in known.sites])
-            if not self.training:
-                known.selected, known.sites = [], []
-            if not trained_outputs(self.gm) or self.session.full is not None:
-                known.selected = [replace(weight, port=None) for weight in known.selected]
-                known.sites = []
+            small = bool(trained_outputs(self.gm)) and self.setting.full is None
+            methods = self.setting.methods if self.training else ()
+            chosen = choose(self.setting.model(), methods, self.positions, args, small)
+            known = self.choices[key] = chosen
         return known
 
     def _bind(self, args: Sequence[Any]) -> Binding:
         choice = self._choice(args)
-        projected = [self.session.projected(i, site) for i, site in choice.sites]
-        key = (choice, *projected)
+        asked = [(part, part.ask() if part.method.moves else part.asks) for part in choice.parts]
+        key = (choice, *(ask for part, asks in asked if part.method.moves for ask in asks))
         if key not in self.bindings:
-            variant = self._variant(args, choice, projected)
-            places = {position: site.candidate.name for position, site in choice.sites}
-            facts = choice.names, choice.parameters, places, choice.foreign
-            self.bindings[key] = Binding(variant, *facts)
+            variant = self._variant(args, asked)
+            bound = [(part, self._bound(variant, choice, part, asks)) for part, asks in asked]
+            binding = Binding(variant, choice.names, choice.parameters, bound, choice.foreign)
+            self.bindings[key] = binding
             tell(variant.record, choice.names)
         return self.bindings[key]
 
-    def _variant(
-        self, args: Sequence[Any], choice: Choice, projected: list[ProjectedWeight]
-    ) -> Variant:
-        wanted = self._wanted(args, choice, projected)
+    def _bound(self, variant: Variant, choice: Choice, part: Part, asks: Sequence[Ask]) -> Bound:
+        names = choice.names | {i: site.weight.name for i, site in part.sites.items()}
+        parameters = dict(choice.parameters)
+        return Bound(self.gm, asks, names, parameters, variant.readers, self.setting.group)
+
+    def _variant(self, args: Sequence[Any], asked: Asked) -> Variant:
+        wanted = self._wanted(args, asked)
         if wanted not in self.variants:
-            self.variants[wanted] = self._compile(args, choice.selected, projected)
+            self.variants[wanted] = self._compile(args, asked)
         return self.variants[wanted]
 
-    def _wanted(self, args: Sequence[Any], choice: Choice, projected: list[ProjectedWeight]) -> Any:
-        return self._trained(args), tuple(w.position for w in choice.selected), *projected
+    def _wanted(self, args: Sequence[Any], asked: Asked) -> Any:
+        return self._trained(args), *(tuple(asks) for _, asks in asked)
 
     def _trained(self, args: Sequence[Any]) -> tuple[bool, ...]:
         """Which parameters are: where Dynamo does not guard it, each answer has its own variant."""
         return () if GUARDS_TRAINED else tuple([args[i].requires_grad for i in self.positions])
 
-    def _compile_both(self, args: Sequence[Any]) -> None:
+    def _compile_every_form(self, args: Sequence[Any]) -> None:
         """For a refresh and between two: outside Dynamo a dynamic graph cannot be compiled."""
         choice, known = self._choice(args), dict(self.variants)
         self.variants = {}
-        for usual in (True, False):
-            projected = [self.session.projected(i, s, s.left is usual) for i, s in choice.sites]
-            wanted = self._wanted(args, choice, projected)
-            known[wanted] = known.get(wanted) or self._compile(args, choice.selected, projected)
+        forms = max((part.method.forms for part in choice.parts), key=len)
+        for form in forms:
+            asked = [(p, p.ask(form) if p.method.moves else p.asks) for p in choice.parts]
+            wanted = self._wanted(args, asked)
+            known[wanted] = known.get(wanted) or self._compile(args, asked)
         self.variants = known
 
-    def _compile(
-        self, args: Sequence[Any], selected: list[Weight], projected: list[ProjectedWeight]
-    ) -> Variant:
-        velora = self.session.velora
+    def _request(self, arguments: int, asked: Asked) -> Any:
+        methods = [(part.method, asks) for part, asks in asked]
+        branches = self.setting.engine.branches
+        return make_request(arguments, methods, self.positions, self.buffers, branches)
+
+    def _compile(self, args: Sequence[Any], asked: Asked) -> Variant:
         if self.variants and self.dynamic:
             return self._uncompiled()
-        outputs, gm = None, self.gm
-        observed: list[Weight] = []
-        if selected and velora and velora.init == "running_mean":
-            gm, outputs, observed = observe.observe_inputs(gm, selected)
-        scale = velora.scale if velora else 1.0
-        absent = self.session.engine.branches
-        positions = self.positions, self.buffers
-        plan = make_plan(len(args), selected, projected, *positions, scale, absent)
-        extra = extra_inputs(selected, projected, args)
-        session = self.session
-        compiled, record = capture(gm, args, plan, extra, session.passes_for, session.engine)
+        gm, outputs, observed = self.gm, None, None
+        for part, asks in asked:
+            found = part.method.observe(gm, asks) if asks else None
+            if found is not None:
+                gm, outputs, positions = found
+                observed = part, positions
+        request = self._request(len(args), asked)
+        compiled, record = capture(gm, args, request, self.setting.engine)
         compiled = told_of_absence(compiled, [*record.absent])
-        return Variant(compiled, record, selected, projected, outputs, observed)
+        return Variant(compiled, record, asked, outputs, observed)
 
     def _uncompiled(self) -> Variant:
         """Outside Dynamo a dynamic graph cannot be compiled again: run it, exactly."""
@@ -252,47 +247,6 @@ class Graph:
         )
         warn(f"some layers run uncompiled, with exact gradients: {reason}")
         return Variant(self.gm, GraphRecord(failure=reason))
-
-    def _calibrate(self, binding: Binding, args: Sequence[Any]) -> None:
-        session, velora = self.session, self.session.velora
-        inputs = [(w, binding.readers[w.position]) for w in binding.variant.leaders]
-        missing = [(w, names) for w, names in inputs if session.vectors.keys().isdisjoint(names)]
-        if not binding.calls:
-            missing = self._not_recalled(binding, missing)
-        binding.calibrated = not missing or velora is None or velora.init in ("ones", "random")
-        if binding.calibrated:
-            return
-        binding.calls += 1
-        if session.means.is_due(binding.calls, [names[0] for _, names in missing]):
-            found = observe.subtoken_sums(self.gm, args, {w.position: w.size for w, _ in missing})
-            session.first_means(missing, found)
-
-    def _not_recalled(
-        self, binding: Binding, inputs: list[tuple[Weight, tuple[str, ...]]]
-    ) -> list[tuple[Weight, tuple[str, ...]]]:
-        """Take v from what optimizers hold of the weights that read an input; the others."""
-        groups, parameters = binding.variant.group_of, dict(binding.parameters)
-        readers = {i: parameters[i]() for w, _ in inputs for i in groups[w.position]}
-        states = states_of(p for p in readers.values() if p is not None) if inputs else {}
-        rest = []
-        for weight, names in inputs:
-            positions = groups[weight.position]
-            held = [states[id(readers[i])] for i in positions if id(readers[i]) in states]
-            if not recall_vector(self.session, names, weight, held):
-                rest.append((weight, names))
-        return rest
-
-    def _update_means(self, binding: Binding, totals: Sequence[Tensor]) -> None:
-        """Add what this call's linears read to the running means."""
-        variant = binding.variant
-        leaders = {w.position: w for w in variant.leaders}
-        means: dict[int, Tensor] = {}
-        for weight, total in zip(variant.observed, totals, strict=True):
-            i = weight.position
-            if i in leaders:
-                means[i] = means[i] + total if i in means else total
-        inputs = [(leaders[i], binding.readers[i], total) for i, total in means.items()]
-        self.session.update_means(inputs)
 
 
 def running() -> Binding | None:

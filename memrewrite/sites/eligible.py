@@ -10,7 +10,6 @@ tied to one) and the output head are left out, as in the reference; the head is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,26 +17,16 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memrewrite.sites.candidates import Candidate, choose
 from memrewrite.sites.options import GaLore
+from memrewrite.sites.select import choose
 from memrewrite.sites.sharded import can_be_gathered, is_sharded
+from memrewrite.sites.weights import EMBEDDINGS, Site, Weight, matrices
 
 LAST = ("lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "head")
 HEADS = (*LAST, *(f"*.{n}" for n in LAST), "*.predictions.decoder", "*.seq_relationship")
 TOP_LEVEL_HEADS = ("fc", "output")
 SHARDED = "sharded over ranks in a way that only its own parallelism knows"
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A projected weight."""
-
-    candidate: Candidate
-    rank: int
-    left: bool  # P is (O, r); else (D, r)
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Selection:
     """Every weight of a model: the projected ones, and why each other one is not."""
 
     projected: list[Site]
-    plain: list[tuple[Candidate, str]]
+    plain: list[tuple[Weight, str]]
 
 
 def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selection:
@@ -53,7 +42,7 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
 
     frozen=True also projects weights that are not trained now but may be later.
     """
-    found = list(weights_of(model))
+    found = list(matrices(model))
     if not found:
         raise ValueError("the model has no matrix or convolution for GaLore to project")
     if galore.sites == "auto":
@@ -68,18 +57,18 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
         chosen = choose(found, galore.sites, "memrewrite.GaLore(rank, sites='all')")
         reasons = {}
     projected, plain = [], []
-    for candidate in found:
-        left = _left(candidate.shape, galore.side)
-        rank = min(galore.rank, *_matrix(candidate.shape))
-        reason = _why_plain(candidate, galore, left, rank)
-        if reason is None and not (frozen or candidate.parameter.requires_grad):
+    for weight in found:
+        left = _left(weight.shape, galore.side)
+        rank = min(galore.rank, *_matrix(weight.shape))
+        reason = _why_plain(weight, galore, left, rank)
+        if reason is None and not (frozen or weight.parameter.requires_grad):
             reason = "not trained"
-        if candidate.name not in chosen:
-            reason = reasons.get(candidate.name, "not selected by sites")
+        if weight.name not in chosen:
+            reason = reasons.get(weight.name, "not selected by sites")
         if reason is None:
-            projected.append(Site(candidate, rank, left))
+            projected.append(Site(weight, left, rank))
         else:
-            plain.append((candidate, reason))
+            plain.append((weight, reason))
     return Selection(projected, plain)
 
 
@@ -90,48 +79,20 @@ def projected_numbers(shape: tuple[int, ...], rank: int, left: bool, moments: in
     return moments * rank * other + rank * side
 
 
-def weights_of(model: nn.Module) -> Iterator[Candidate]:
-    """Each parameter of two dimensions or more once, under its first name."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield _candidate(path or type(module).__name__, module, name, parameter)
-
-
-def _candidate(path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> Candidate:
-    if name == "weight":
-        if isinstance(module, nn.Linear):
-            return Candidate(path, "linear", module, parameter)
-        if type(module).__name__ == "Conv1D":
-            return Candidate(path, "conv1d", module, parameter)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return Candidate(path, "embedding", module, parameter)
-        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
-            return Candidate(path, "convolution", module, parameter)
-    if parameter.ndim == 2:
-        return Candidate(f"{path}.{name}", "raw", module, parameter)
-    return Candidate(f"{path}.{name}", "stack", module, parameter)
-
-
-def _outside_body(found: list[Candidate], model: nn.Module) -> dict[str, str]:
+def _outside_body(found: list[Weight], model: nn.Module) -> dict[str, str]:
     """Per weight that "auto" leaves out, why."""
-    kinds = nn.Embedding | nn.EmbeddingBag
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    embeddings = {m.weight for m in model.modules() if isinstance(m, EMBEDDINGS)}
     head = _output_embeddings(model)
     reasons = {}
-    for candidate in found:
-        attention = isinstance(candidate.module, nn.MultiheadAttention)
-        linear = candidate.kind in ("linear", "conv1d") or (candidate.kind == "raw" and attention)
-        if id(candidate.parameter) in embeddings:
-            reasons[candidate.name] = "an embedding (or tied to one)"
-        elif candidate.module is head or is_head(candidate.name):
-            reasons[candidate.name] = "the output head"
+    for weight in found:
+        attention = isinstance(weight.module, nn.MultiheadAttention)
+        linear = weight.kind in ("linear", "conv1d") or (weight.kind == "raw" and attention)
+        if weight.parameter in embeddings:
+            reasons[weight.name] = "an embedding (or tied to one)"
+        elif weight.module is head or is_head(weight.name):
+            reasons[weight.name] = "the output head"
         elif not linear:
-            reasons[candidate.name] = (
-                f"not a linear layer's weight (sites='auto'): {candidate.kind}"
-            )
+            reasons[weight.name] = f"not a linear layer's weight (sites='auto'): {weight.kind}"
     return reasons
 
 
@@ -148,18 +109,18 @@ def is_head(name: str) -> bool:
     return name in TOP_LEVEL_HEADS or any(fnmatchcase(name, pattern) for pattern in HEADS)
 
 
-def _why_plain(candidate: Candidate, galore: GaLore, left: bool, rank: int) -> str | None:
+def _why_plain(weight: Weight, galore: GaLore, left: bool, rank: int) -> str | None:
     """The reason why a selected weight keeps its full-size state."""
-    parameter = candidate.parameter
+    parameter = weight.parameter
     if not parameter.dtype.is_floating_point:
         return f"not projected: its dtype is {parameter.dtype}"
     if is_sharded(parameter) and not can_be_gathered(parameter):
         return f"not projected: {SHARDED}, and a projector needs the whole matrix"
     if not is_sharded(parameter) and type(parameter) not in PLAIN:
         return f"not projected: a {type(parameter).__name__}, no plain tensor"
-    if candidate.kind == "stack":
+    if weight.kind == "stack":
         return "not projected: a stack of matrices, neither a matrix nor a convolution"
-    if projected_numbers(candidate.shape, rank, left) >= 2 * parameter.numel():
+    if projected_numbers(weight.shape, rank, left) >= 2 * parameter.numel():
         return f"too small for rank {galore.rank}: its projected state would be no smaller"
     return None
 

@@ -21,12 +21,12 @@ from torch.fx import Graph, Node
 
 from passes.base import (
     CASTS,
-    VIEWS,
     aten,
     backward_nodes,
     batch_nodes,
     fixed,
     is_transpose,
+    is_view,
     operand,
     storage_of,
     value_key,
@@ -94,7 +94,7 @@ def _terms(node: Node, user: Node) -> Iterator[Node]:
     """The summands of a gradient, seen through views and casts that nothing else reads."""
     if set(node.users) != {user}:
         return
-    if node.target in VIEWS or node.target in CASTS:
+    if is_view(node) or node.target in CASTS:
         yield from _terms(operand(node, 0), node)
     elif node.target is aten.add.Tensor and not node.kwargs:
         for term in node.all_input_nodes:
@@ -115,7 +115,7 @@ def _match(
         x, transposed = left, True
     else:
         return None
-    if velora_reconstruct in (x.target, storage_of(x).target):
+    if x.target is velora_reconstruct or "stands_for" in storage_of(x).meta:
         return None  # compressed already
     features = fixed(x.meta["val"].shape[0 if transposed else 1])
     if features is None:

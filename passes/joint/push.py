@@ -28,18 +28,21 @@ from torch.fx import GraphModule, Node
 from passes.base import (
     CASTS,
     CONVERT,
-    VIEWS,
     Pass,
+    StandsFor,
     arguments,
     aten,
     backward_nodes,
     call,
     is_transpose,
+    is_view,
     operand,
     storage_of,
 )
 from passes.joint.attach import detach_ports, is_zeros_of_port
 from passes.ops import galore_project
+
+NAME = "galore"
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,16 @@ def return_projections(projections: Iterable[Projected]) -> Pass:
         gm.graph.eliminate_dead_code()
 
     identity = "R = P^T dW (or dW P) is returned, and W's gradient is read as P R (or R P^T)"
-    name = "return_projections"
-    return Pass(name, rewrite, exact=False, key=projections, identity=identity, drops=True)
+    changes = frozenset(w for one in projections for w in (one.weight, one.port))
+    return Pass(
+        name="return_projections",
+        rewrite=rewrite,
+        exact=False,
+        key=projections,
+        identity=identity,
+        drops=True,
+        changes=changes,
+    )
 
 
 def push_projections() -> Pass:
@@ -95,7 +106,8 @@ def push_projections() -> Pass:
                 _erase_unread(g)
         for node in gm.graph.find_nodes(op="call_function", target=galore_project):
             if operand(node, 0) not in backward:  # may be kept for backward in its place
-                node.meta["galore"] = storage_of(operand(node, 0)).name
+                storage = storage_of(operand(node, 0)).name
+                node.meta["stands_for"] = StandsFor(NAME, storage, kept=True)
 
     identity = "P^T (l r) = (P^T l) r, (l r) P = l (r P), and projection is linear"
     return Pass("push_projections", rewrite, exact=True, identity=identity)
@@ -143,5 +155,5 @@ def _erase_unread(node: Node) -> None:
     above = node.all_input_nodes
     node.graph.erase_node(node)
     for view in above:
-        if not view.users and view.target in VIEWS:
+        if not view.users and is_view(view):
             _erase_unread(view)

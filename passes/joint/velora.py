@@ -19,9 +19,12 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, arguments, aten, call, is_transpose, operand, storage_of
-from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
+from passes.base import Pass, StandsFor, arguments, call, storage_of
+from passes.joint.compress import chosen_groups, read_instead, rows
+from passes.joint.find import WeightGradient
 from passes.ops import velora_compress, velora_reconstruct
+
+NAME = "velora"
 
 
 def compress_saved_inputs(
@@ -34,41 +37,21 @@ def compress_saved_inputs(
 
     def rewrite(gm: GraphModule) -> None:
         placeholder = arguments(gm.graph)
-        found = weight_gradients(gm.graph, set(weights)).gradients
-        selected = [gradient for gradient in found if gradient.weight in vectors]
-        for group in shared_inputs(selected):
+        for group in chosen_groups(gm.graph, weights, vectors):
             leader = min(gradient.weight for gradient in group)
             _compress(group, placeholder[vectors[leader]], scale)
 
     key = (tuple(sorted(vectors.items())), weights, scale)
     identity = "dW = scale dy^T x_hat, x_hat = z (x) v, z[n,g] = <x[n, gM:gM+M], v>"
-    return Pass("compress_saved_inputs", rewrite, exact=False, key=key, identity=identity)
+    name, changes = "compress_saved_inputs", frozenset(vectors)
+    return Pass(name, rewrite, exact=False, key=key, identity=identity, changes=changes)
 
 
 def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:
     first = group[0]
-    x = _rows(first)  # (N, D)
+    x = rows(first)  # (N, D)
     z = call(storage_of(x), velora_compress, x, v)  # (N, G)
-    z.meta.update(velora=first.storage_name, velora_z=True)
+    z.meta["stands_for"] = StandsFor(NAME, first.storage_name, kept=True)
     for gradient in group:
-        matmul = gradient.matmul
-        x_hat = call(matmul, velora_reconstruct, z, v, gradient.features)  # (N, D)
-        left, right = operand(matmul, 0), operand(matmul, 1)
-        if gradient.transposed:
-            left = call(matmul, aten.permute.default, x_hat, [1, 0])  # (D, N)
-        else:
-            right = x_hat
-        product = call(matmul, aten.mm.default, left, right)
-        scaled = product if scale == 1.0 else call(matmul, aten.mul.Tensor, product, scale)
-        matmul.replace_all_uses_with(scaled)
-        matmul.graph.erase_node(matmul)
-
-
-def _rows(gradient: WeightGradient) -> Node:
-    """x as (N, D), whichever way the matmul reads it."""
-    x = gradient.operand
-    if not gradient.transposed:
-        return x
-    if is_transpose(x):
-        return operand(x, 0)
-    return call(x, aten.permute.default, x, [1, 0])
+        x_hat = call(gradient.matmul, velora_reconstruct, z, v, gradient.features)  # (N, D)
+        read_instead(gradient, x_hat, scale)

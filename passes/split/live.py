@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.base import ALIASES, adds_present, aten, memory_of, operand, tensor_bytes
+from passes.base import adds_present, aten, is_alias, memory_of, operand, tensor_bytes
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
 
@@ -142,7 +142,7 @@ def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline
 
 def is_call(node: Node) -> bool:
     """A library call, or a kernel of its own."""
-    if node.op != "call_function" or node.target in ALIASES or node.target is getitem:
+    if node.op != "call_function" or is_alias(node) or node.target is getitem:
         return False
     if node.target is aten.scatter.value and operand(node, 0).target in CREATED:
         return False  # one number at an index of a constant: Inductor compares indices
@@ -205,7 +205,7 @@ class _Values:
         return False
 
     def _settle(self, node: Node) -> None:
-        if node.target in ALIASES or memory_of(node) is not node:
+        if is_alias(node) or memory_of(node) is not node:
             return
         if node.op != "call_function":
             self._buffers.add(node)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from passes.base import VIEWS, memory_of, storage_of, tensor_bytes
+from passes.base import is_view, memory_of, storage_of, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def readers(backward: Graph, handed: Collection[Node]) -> Iterator[Node]:
             if user in seen:
                 continue
             seen.add(user)
-            if user.target in VIEWS:
+            if is_view(user):
                 stack.append(user)
             else:
                 yield user

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import VIEWS, aten
+from passes.base import aten, is_view
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _writes(graph: Graph, scalar: dict[Node, None]) -> dict[Node, None]:
     found = set(graph.find_nodes(op="call_function", target=aten.addmm_.default))
     for node in reversed(graph.nodes):
         only = node.users and all(user in found for user in node.users)
-        if only and node.target in VIEWS and node not in scalar:
+        if only and is_view(node) and node not in scalar:
             found.add(node)
     return {n: None for n in graph.nodes if n in found}
 

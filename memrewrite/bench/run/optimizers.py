@@ -41,9 +41,9 @@ def make(
         bits: Any = importlib.import_module("bitsandbytes.optim")
         made: Optimizer = bits.AdamW8bit(trained, lr=lr, weight_decay=DECAY)
         return made
-    projected = {id(site.candidate.parameter) for site in sites_of(model, GaLore(rank)).projected}
-    plain = [p for p in trained if id(p) not in projected]
-    small = [p for p in trained if id(p) in projected]
+    projected = {site.weight.parameter for site in sites_of(model, GaLore(rank)).projected}
+    plain = [p for p in trained if p not in projected]
+    small = [p for p in trained if p in projected]
     how: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "proj_type": "std"}
     if kind == "galore-torch":
         from galore_torch import GaLoreAdamW
@@ -70,9 +70,9 @@ def _groups(
     """One group; two of a slowed control, whose decoupled decay is slowed with its step."""
     if configuration.slowed is None:
         return [{"params": trained}]
-    slowed = {id(p) for p in weights_of(model, configuration.slowed, rank)}
-    rest = [p for p in trained if id(p) not in slowed]
-    slow = [p for p in trained if id(p) in slowed]
+    slowed = set(weights_of(model, configuration.slowed, rank))
+    rest = [p for p in trained if p not in slowed]
+    slow = [p for p in trained if p in slowed]
     return [{"params": rest}, {"params": slow, "lr": lr * configuration.slowdown}]
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import memrewrite
-from memrewrite.api import call_of
 from memrewrite.bench.configurations import Configuration, Controlled
 from memrewrite.compiler.backend import set_torch
 from memrewrite.predict import models
-from memrewrite.sites.candidates import candidates, select, why_not
+from memrewrite.session.call import call_of
 from memrewrite.sites.eligible import sites_of
 from memrewrite.sites.options import GaLore
+from memrewrite.sites.select import select, why_exact
+from memrewrite.sites.weights import candidates
 
 SEED = 0
 LORA = ("v_proj", "down_proj")  # the sites of VeLoRA's paper
@@ -95,11 +96,11 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
 def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
     """The weights that VeLoRA at these sites compresses; of "galore", those GaLore projects."""
     if sites == "galore":
-        return [site.candidate.parameter for site in sites_of(model, GaLore(rank)).projected]
+        return [site.weight.parameter for site in sites_of(model, GaLore(rank)).projected]
     found = candidates(model)
     names = select(found, "auto" if sites == "auto" else "all")
-    chosen = [c for c in found if c.name in names and why_not(c, None) is None]
-    return list({id(c.parameter): c.parameter for c in chosen}.values())
+    chosen = [w for w in found if w.name in names and why_exact(w) is None]
+    return list(dict.fromkeys(weight.parameter for weight in chosen))
 
 
 def _checkpoint(model: Any) -> None:

@@ -9,7 +9,7 @@ where the weight is (D, O), moments are (G, O).
 The trajectory is that of stock Adam on the full gradient (`passes.update.factor`). Where the next
 update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
 the full-size moments that it stands for, exactly, and stock Adam goes on.
-The vector is stored as `resume.pack` has it, and serves to compare: updates read the v of their
+The vector is stored as `packing.pack` has it, and serves to compare: updates read the v of their
 gradient.
 """
 
@@ -20,30 +20,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import GraphModule
 
-from memrewrite.compiler import pipeline
-from memrewrite.compiler.backend import Engine, compile_update
-from memrewrite.gradients.basis import Vector, spread
+from memrewrite.gradients.basis import Vector, small_shape, spread
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.gradients.packing import VECTOR, pack, unpack
-from memrewrite.optim.update import Update, add_input, capture
-from memrewrite.record.listing import listing
+from memrewrite.moments.optimizers import ADAMW, Flags, Row
+from memrewrite.moments.update import W, add_input, wide
 from passes.base import Pass
 from passes.lower import lower_ir_ops
-from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
 from passes.update.factor import SQUARE, V, factor_updates
-from passes.update.pieces import cut
 
 MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
 FULL_SIZE = "its optimizer state is full-size already"
 EXAMPLE = 7  # rows of a dynamic one, when it is captured
-HELD = {1: V, 2: V, 3: SQUARE, 4: SQUARE}  # arguments of a captured update: see `update.capture`
 
 
 @dataclass(frozen=True)
 class FactoredKind:
-    """All that distinguishes one compiled update from another.
+    """All that tells one factored update from another; see `moments.update.Kind`.
 
     Where M divides D, W is nothing but rows of M channels: every such weight shares one
     update, whose number of rows is dynamic, and `shape` is an example.
@@ -60,6 +55,28 @@ class FactoredKind:
     decoupled: bool = True
     left: bool = False
 
+    @property
+    def flags(self) -> Flags:
+        return Flags(self.amsgrad, self.maximize, self.decays, self.decoupled)
+
+    @property
+    def row(self) -> Row:
+        return ADAMW
+
+    def zeros(self, weight: Tensor) -> dict[str, Tensor]:
+        """Of the moments, (O, G); the vector is that of a gradient, see `initialise`."""
+        shape = small_shape(weight.shape, self.size, self.left)
+        how: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        return {name: torch.zeros(shape, **how) for name in self.row.moments_of(self.flags)}
+
+    def rewrite(self, gm: GraphModule) -> list[Pass]:
+        """v (M,) is one more argument, after step."""
+        at = add_input(gm, "vector", (self.size,), wide(self.dtype))
+        held = {1: V}  # arguments of the captured update: the gradient, then the moments
+        held |= {2 + i: MOMENTS[n] for i, n in enumerate(self.row.moments_of(self.flags))}
+        factor = factor_updates(W, at, held, self.left)
+        return [*self.row.inputs, *self.row.lowering, factor, lower_ir_ops()]
+
 
 def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> FactoredKind:
     """The update that a parameter takes in its group."""
@@ -69,24 +86,6 @@ def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> Fa
     shape = (EXAMPLE, size) if dynamic else (rows, columns)
     described = shape, dynamic, parameter.dtype, parameter.device, size, *flags
     return FactoredKind(*described, left=basis.left)
-
-
-def build(kind: FactoredKind, engine: Engine) -> Update:
-    """Capture torch's update, factor it, lower and compile it."""
-    gm = capture(kind, dynamic=kind.dynamic)
-    vector_dtype = _wide(kind.dtype)
-    at = add_input(gm, "vector", (kind.size,), vector_dtype)
-    traced = [("captured", listing(gm.graph))]
-
-    def after(one: Pass, graph: Graph) -> None:
-        traced.append((one.name, listing(graph)))
-
-    held = {place: basis for place, basis in HELD.items() if place < 4 or kind.amsgrad}
-    todo = [hyperparameters_as_inputs(), lower_fused_adam()]
-    todo += [factor_updates(0, at, held, kind.left), lower_ir_ops()]
-    steps = pipeline.run(gm, todo, after)
-    pieces = cut(gm, vector_dtype)
-    return Update(kind, traced, steps, pieces, compile_update(pieces.body, engine, kind.dynamic))
 
 
 def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> str | None:
@@ -109,14 +108,13 @@ def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) ->
     """The state before the first step."""
     assert gradient.coordinates is not None
     device = kind.device if capturable else torch.device("cpu")
-    zeros = {name: torch.zeros_like(gradient.coordinates) for name in moments(kind)}
     v = pack(_vector(gradient).detach(), gradient.dtype).clone()
-    return {"step": torch.zeros((), device=device), **zeros, VECTOR: v}
+    return {"step": torch.zeros((), device=device), **kind.zeros(gradient), VECTOR: v}
 
 
 def moments(kind: FactoredKind) -> list[str]:
     """Those that the state has."""
-    return list(MOMENTS)[: 3 if kind.amsgrad else 2]
+    return kind.row.moments_of(kind.flags)
 
 
 def agrees(state: dict[str, Any], v: Tensor) -> bool:
@@ -161,14 +159,9 @@ def _rows(tensor: Tensor, columns: int) -> Tensor:
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Of v."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:
     """The full-size state that factored state stands for, in its place."""
-    v = unpack(state.pop(VECTOR), _wide(parameter.dtype))
+    v = unpack(state.pop(VECTOR), wide(parameter.dtype))
     for name, basis in MOMENTS.items():
         if name in state:
             w = v * v if basis == SQUARE else v

@@ -1,7 +1,8 @@
-"""GaLore's gradients that come in coordinates: R from what came, and what is to come next."""
+"""Consume a projected gradient, and choose the basis of the next backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,7 @@ from torch import Tensor
 from memrewrite.gradients import range_finder, sketch
 from memrewrite.gradients.basis import Projector, Sketch, equal
 from memrewrite.gradients.gradient import ProjectedGrad
-from memrewrite.optim.attachment import Attachment
-from memrewrite.optim.galore import Target, is_stale, mark_stale, prepare, take
-from memrewrite.optim.update import Kind
+from memrewrite.moments.projected import ProjectedKind, Target, is_stale, mark_stale, prepare, take
 
 
 def is_small(grad: Tensor) -> bool:
@@ -22,18 +21,18 @@ def is_small(grad: Tensor) -> bool:
     )
 
 
-def given(kind: Kind) -> Kind:
+def given(kind: ProjectedKind) -> ProjectedKind:
     """The kind of update that takes R in place of the gradient."""
     return replace(kind, given=True)
 
 
 def receive(
     target: Target,
-    kind: Kind,
+    kind: ProjectedKind,
     state: dict[str, Any],
     grad: ProjectedGrad,
     group: dict[str, Any],
-    attachment: Attachment,
+    warn_once: Callable[[str, str], None],
 ) -> tuple[Tensor | None, str | None]:
     """(R, why a refresh failed); R is None where the gradient is in another projector."""
     basis, small = grad.basis, grad.coordinates
@@ -56,7 +55,7 @@ def receive(
             target.failures += 1
             failure = f"at step {done + 1}: {new}"
     else:
-        attachment.warn_once(
+        warn_once(
             "sketch",
             "an optimizer with projected state meets gradients that were sketched for a new "
             "projector: it was loaded after the forward of this step. This one step goes by an "
@@ -65,9 +64,11 @@ def receive(
     return sketch.coordinates(small, basis, state["projector"], kind.left), failure
 
 
-def announce(target: Target, kind: Kind, state: dict[str, Any]) -> None:
+def announce(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> None:
     """Tell the session in which basis the next gradient is to come."""
-    bases, name = target.session.bases, target.name
+    kept, name = target.session.bases, target.name
+    assert kept is not None  # only asked of weights whose gradients come in coordinates
+    bases = kept.by_name
     if not state["projector"].is_contiguous():  # a compiled backward is specialised to strides
         state["projector"] = state["projector"].contiguous()
     if is_stale(state):  # the next gradient is sketched anew

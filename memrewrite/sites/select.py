@@ -1,11 +1,6 @@
-"""Which weights are candidates, and which of them the user's `sites` selects.
+"""Which weights the user's `sites` selects.
 
-A candidate is a weight, not a layer: nn.Linear and Conv1D go by their module's name,
-any other 2-D parameter (nn.MultiheadAttention's packed projection, a hand-written
-`x @ self.w`) by its own, and stacks of 3-D expert weights are named so that the report
-can say why they stay exact.
-
-"auto" follows the paper (value and MLP down projections) by these names:
+"auto" follows VeLoRA's paper (value and MLP down projections) by these names:
 
     value   v_proj value value_proj v_lin to_v, T5's Attention.v
     down    down_proj fc2 dense_4h_to_h fc_out lin2 linear2 ffn_output, T5's Dense*.wo,
@@ -19,14 +14,10 @@ linear F -> D, F > D, beside a linear D -> F (or D -> 2F, gated) in one parent m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
-from torch import nn
-
-from memrewrite.sites.options import Sites, VeLoRA
+from memrewrite.sites.options import Sites
+from memrewrite.sites.weights import Weight
 
 VALUE = ("*.v_proj", "*.value", "*.value_proj", "*.v_lin", "*.to_v", "*Attention.v")
 DOWN = (
@@ -47,55 +38,7 @@ NOT_DOWN = ("*attention*.output.dense",)
 ADAPTER = re.compile(r"\.(base_layer|lora_A\.[^.]+)$")  # PEFT's wrapping of a named linear
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A weight that feeds, or may feed, a matmul."""
-
-    name: str
-    kind: Literal["linear", "conv1d", "raw", "stack", "embedding", "convolution"]
-    module: nn.Module
-    parameter: nn.Parameter
-
-    @property
-    def features(self) -> int:
-        """D, the channels of the input; of a raw weight, the longer side at most."""
-        shape = self.parameter.shape
-        return {"linear": shape[-1], "conv1d": shape[0]}.get(self.kind, max(shape))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
-
-    @property
-    def attribute(self) -> str:
-        """The parameter's name within its module."""
-        return self.name.rpartition(".")[2] if self.kind in ("raw", "stack") else "weight"
-
-
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Every candidate of a model, in the model's order; a shared weight goes by each name."""
-    return [
-        candidate
-        for path, module in model.named_modules()
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for candidate in _of_module(path or type(module).__name__, module)
-    ]
-
-
-def _of_module(path: str, module: nn.Module) -> Iterator[Candidate]:
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name == "weight":
-            yield Candidate(path, "linear", module, parameter)
-        elif type(module).__name__ == "Conv1D" and name == "weight":
-            yield Candidate(path, "conv1d", module, parameter)
-        elif parameter.ndim == 2:
-            yield Candidate(f"{path}.{name}", "raw", module, parameter)
-        elif parameter.ndim == 3 and min(parameter.shape) > 1:
-            if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                yield Candidate(f"{path}.{name}", "stack", module, parameter)
-
-
-def select(found: list[Candidate], sites: Sites) -> set[str]:
+def select(found: list[Weight], sites: Sites) -> set[str]:
     """The names that `sites` selects. Raises ValueError where it selects nothing."""
     if not found:
         raise ValueError("the model has no linear layer, so there is nothing to compress")
@@ -105,7 +48,7 @@ def select(found: list[Candidate], sites: Sites) -> set[str]:
     return choose(found, sites, remedy)
 
 
-def choose(found: list[Candidate], sites: Sites, remedy: str) -> set[str]:
+def choose(found: list[Weight], sites: Sites, remedy: str) -> set[str]:
     """The names that "all", patterns or a callable select. Raises ValueError for none."""
     if sites == "all":
         return {c.name for c in found}
@@ -129,7 +72,7 @@ def _nonempty(chosen: set[str], what: str, remedy: str) -> set[str]:
     return chosen
 
 
-def _auto(found: list[Candidate]) -> set[str]:
+def _auto(found: list[Weight]) -> set[str]:
     named = {c.name: "." + ADAPTER.sub("", c.name) for c in found if ".lora_B." not in c.name}
     values = {name for name, path in named.items() if _matches(path, VALUE)}
     downs = {
@@ -145,7 +88,7 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _down_by_structure(found: list[Candidate]) -> set[str]:
+def _down_by_structure(found: list[Weight]) -> set[str]:
     linears = [c for c in found if c.kind == "linear"]
     return {
         down.name
@@ -166,22 +109,15 @@ def _shortened(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def why_not(candidate: Candidate, velora: VeLoRA | None) -> str | None:
-    """The reason, known before any graph is, why a selected candidate stays exact."""
-    if candidate.kind == "stack":
+def why_exact(weight: Weight) -> str | None:
+    """The reason, known before any graph is, why no method may take a selected weight."""
+    if weight.kind == "stack":
         return (
-            f"a stack of {candidate.shape[0]} expert weights: grouped and indexed matmuls "
+            f"a stack of {weight.shape[0]} expert weights: grouped and indexed matmuls "
             "are not rewritten"
         )
-    if not candidate.parameter.requires_grad:
+    if not weight.parameter.requires_grad:
         return "not trained"
-    if not candidate.parameter.dtype.is_floating_point:
-        return f"{candidate.parameter.dtype} weights are not rewritten"
-    if velora is not None and velora.subtoken_size == 1:
-        return "too small to gain anything: one number per channel"
-    if velora is not None and candidate.features < velora.subtoken_size:
-        return (
-            f"too small to gain anything: {candidate.features} input features, "
-            f"sub-token size {velora.subtoken_size}"
-        )
+    if not weight.parameter.dtype.is_floating_point:
+        return f"{weight.parameter.dtype} weights are not rewritten"
     return None

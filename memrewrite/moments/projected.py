@@ -1,22 +1,91 @@
-"""One projected parameter of one optimizer: its kind, its state, its refreshes."""
+"""GaLore's moments: Adam in the coordinates of a projector.
+
+State of a projected weight, plain tensors in `optimizer.state[p]`:
+
+    step ()   exp_avg, exp_avg_sq (r, D) or (O, r)   [max_exp_avg_sq]   projector (side, r)
+    projector_stale ()   1 where the latest refresh failed
+
+See `passes.update.galore` for the update, `gradients.range_finder` for the projector.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients import range_finder, sketch
-from memrewrite.optim.update import Kind
+from memrewrite.moments.optimizers import ADAM, ADAMW, Flags, Row, flags_of
+from memrewrite.moments.update import W, add_input
 from memrewrite.session.session import Session
-from memrewrite.sites.eligible import Site
 from memrewrite.sites.options import GaLore
 from memrewrite.sites.sharded import is_sharded
+from memrewrite.sites.weights import Site
+from passes.base import Pass
+from passes.lower import lower_ir_ops
+from passes.update.accumulate import accumulate_in_place
+from passes.update.galore import Projection, project_updates
 
 STALE = "projector_stale"  # in the state of a weight, 1 where its refresh failed: try again
+
+
+@dataclass(frozen=True)
+class ProjectedKind:
+    """All that tells one projected update from another; see `moments.update.Kind`."""
+
+    shape: tuple[int, ...]  # of W
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    left: bool
+    scale: float
+    amsgrad: bool
+    maximize: bool
+    decays: bool  # weight decay other than zero
+    decoupled: bool
+    given: bool = False  # the gradient comes as R
+    dynamic = False
+
+    @property
+    def flags(self) -> Flags:
+        return Flags(self.amsgrad, self.maximize, self.decays, self.decoupled)
+
+    @property
+    def row(self) -> Row:
+        return ADAMW if self.decoupled else ADAM
+
+    @property
+    def side(self) -> int:
+        """Rows of P: the length of the projected side."""
+        return self.shape[0] if self.left else _columns(self.shape)
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """Of m and v."""
+        rows, columns = self.shape[0], _columns(self.shape)
+        return (self.rank, columns) if self.left else (rows, self.rank)
+
+    def zeros(self, weight: Tensor) -> dict[str, Tensor]:
+        how: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        names = self.row.moments_of(self.flags)
+        moments = {name: torch.zeros(self.state_shape, **how) for name in names}
+        return {**moments, "projector": torch.eye(self.side, self.rank, **how)}
+
+    def rewrite(self, gm: GraphModule) -> list[Pass]:
+        """P (side, r) is one more argument, after step."""
+        at = add_input(gm, "projector", (self.side, self.rank))
+        projection = Projection(at, self.left, self.scale, self.given)
+        lowering = [*self.row.lowering, lower_ir_ops(), accumulate_in_place()]
+        return [*self.row.inputs, project_updates({W: projection}), *lowering]
+
+
+def _columns(shape: Sequence[int]) -> int:
+    return torch.Size(shape[1:]).numel()
 
 
 @dataclass
@@ -30,17 +99,17 @@ class Target:
     refreshed: int | None = None  # the step, from 1, whose gradient gave P
     energy: float | None = None  # |P^T G|^2 / |G|^2 of that gradient
     failures: int = 0
-    known: Kind | None = None  # the last one that `kind` made, and of which flags
+    known: ProjectedKind | None = None  # the last one that `kind` made, and of which flags
     flags: tuple[Any, ...] = ()
     checked: Tensor | None = None  # the exp_avg whose state was found to be in order
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.site.candidate.parameter
+        return self.site.weight.parameter
 
     @property
     def name(self) -> str:
-        return self.site.candidate.name
+        return self.site.weight.name
 
     @property
     def pushed(self) -> bool:
@@ -54,35 +123,34 @@ class Target:
             return sketch.is_due(done, self.galore.update_every)
         return (done + self.offset) % self.galore.update_every == 0
 
-    def kind(self, group: dict[str, Any]) -> Kind:
-        p = self.parameter
-        decays = group["weight_decay"] != 0
-        how = group["amsgrad"], group["maximize"], decays, group["decoupled_weight_decay"]
-        flags = (p.dtype, p.device, *how)
+    def kind(self, group: dict[str, Any]) -> ProjectedKind:
+        p, how = self.parameter, flags_of(group)
+        flags = (p.dtype, p.device, how)
         if self.known is None or flags != self.flags:
             site = self.site
-            shape, scale = tuple(p.shape), self.galore.scale
-            self.known = Kind(shape, p.dtype, p.device, site.rank, site.left, scale, *how)
+            kind = tuple(p.shape), p.dtype, p.device, site.rank, site.left, self.galore.scale
+            decay = how.decays, how.decoupled
+            self.known = ProjectedKind(*kind, how.amsgrad, how.maximize, *decay)
             self.flags, self.checked = flags, None
         return self.known
 
 
 def check_target(target: Target) -> None:
     """Raise UnsupportedError for a parameter that the model no longer has."""
-    candidate = target.site.candidate
-    if candidate.module._parameters.get(candidate.attribute) is candidate.parameter:
+    weight = target.site.weight
+    if weight.module._parameters.get(weight.attribute) is weight.parameter:
         return
     model = target.session.model()  # pruning and parametrizations only rename it
-    if model is not None and any(p is candidate.parameter for p in model.parameters()):
+    if model is not None and any(p is weight.parameter for p in model.parameters()):
         return
     raise UnsupportedError(
-        f"{candidate.name} {candidate.shape} was replaced by another parameter while its "
+        f"{weight.name} {weight.shape} was replaced by another parameter while its "
         "optimizer still updates the old one: build a new optimizer over the model's "
         "parameters"
     )
 
 
-def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
+def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> None:
     """Raise ValueError for state that another configuration has left."""
     found = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
     if "projector" not in found:
@@ -91,8 +159,7 @@ def check_state(target: Target, kind: Kind, state: dict[str, Any]) -> None:
             f"{found}, but GaLore projects it to rank {kind.rank}: load a checkpoint of a "
             "projected run, start with a new optimizer, or compile without galore_rank"
         )
-    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
-    expected = dict.fromkeys(moments, kind.state_shape)
+    expected = dict.fromkeys(kind.row.moments_of(kind.flags), kind.state_shape)
     expected["projector"] = (kind.side, kind.rank)
     if state["exp_avg"].dtype != kind.dtype:
         raise ValueError(
@@ -120,7 +187,7 @@ def mark_stale(state: dict[str, Any], stale: bool) -> None:
         state[STALE] = torch.tensor(float(stale))
 
 
-def prepare(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> int:
+def prepare(state: dict[str, Any], kind: ProjectedKind, grad: Tensor, capturable: bool) -> int:
     """The state of a parameter, made where there is none: the number of its steps so far."""
     if not state:
         _initialise(state, kind, grad, capturable)
@@ -133,7 +200,7 @@ def prepare(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -
 
 
 def refresh_if_due(
-    target: Target, kind: Kind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
+    target: Target, kind: ProjectedKind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
 ) -> str | None:
     """Make the state at the first step; a new P where one is due.
 
@@ -157,7 +224,7 @@ def refresh_if_due(
 
 def take(
     target: Target,
-    kind: Kind,
+    kind: ProjectedKind,
     state: dict[str, Any],
     new: range_finder.Refreshed,
     group: dict[str, Any],
@@ -173,12 +240,8 @@ def take(
     target.refreshed, target.energy = done + 1, new.energy
 
 
-def _initialise(state: dict[str, Any], kind: Kind, grad: Tensor, capturable: bool) -> None:
+def _initialise(state: dict[str, Any], kind: ProjectedKind, grad: Tensor, capturable: bool) -> None:
     device = grad.device if capturable else torch.device("cpu")
     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind.amsgrad else [])]
-    for name in moments:
-        state[name] = torch.zeros(kind.state_shape, dtype=kind.dtype, device=kind.device)
-    shape = kind.side, kind.rank
-    state["projector"] = torch.eye(*shape, dtype=kind.dtype, device=kind.device)
+    state.update(kind.zeros(grad))
     mark_stale(state, True)  # until it is made from a gradient

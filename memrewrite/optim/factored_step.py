@@ -15,13 +15,11 @@ from memrewrite.errors import warn
 from memrewrite.gradients.basis import Vector
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.gradients.packing import VECTOR, unpack
-from memrewrite.optim.attachment import Attachment, members, name_of, numbers_of, slowed, update_of
-from memrewrite.optim.velora import (
+from memrewrite.moments.factored import (
     FULL_SIZE,
     MOMENTS,
     FactoredKind,
     agrees,
-    build,
     initialise,
     inputs,
     is_untouched,
@@ -31,6 +29,7 @@ from memrewrite.optim.velora import (
     spread_state,
     turn,
 )
+from memrewrite.optim.attachment import Attachment, members, name_of, numbers_of, slowed, update_of
 from memrewrite.session.session import Session
 
 
@@ -38,16 +37,18 @@ def takes(
     parameter: nn.Parameter, group: dict[str, Any], optimizer: Optimizer, attachment: Attachment
 ) -> bool:
     """True for a parameter that the stock step is to leave to us, this time."""
-    if parameter.grad is None or id(parameter) in attachment.targets:
-        return parameter.grad is not None
-    if id(parameter) in attachment.ported:
-        _make_small(parameter, optimizer, attachment.expected.get(id(parameter)))
+    if parameter.grad is None:
+        return False
+    if parameter in attachment.targets or parameter in attachment.stored:
+        return True
+    if parameter in attachment.ported:
+        _make_small(parameter, optimizer, attachment.expected.get(parameter))
         if _takes_small(parameter, group, optimizer.state[parameter], attachment):
             return True
-    session = attachment.scaled.get(id(parameter))
+    session = attachment.scaled.get(parameter)
     if session is None or (session.step_scale == 1.0 and not attachment.traced):
         return False
-    attachment.dense[id(parameter)] = session
+    attachment.dense[parameter] = session
     return True
 
 
@@ -70,10 +71,10 @@ def _takes_small(
         return False
     grad: Any = parameter.grad
     kind = kind_of(parameter, grad.basis, group)
-    attachment.factored[id(parameter)] = kind
+    attachment.factored[parameter] = kind
     if not state:
         state.update(initialise(kind, grad, group["capturable"]))
-    attachment.compared[id(parameter)] = state[VECTOR], grad.basis.v
+    attachment.compared[parameter] = state[VECTOR], grad.basis.v
     return True
 
 
@@ -84,7 +85,7 @@ def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachmen
     """
     grad: Any = parameter.grad
     held, v = state[VECTOR], grad.basis.v
-    known = attachment.compared.get(id(parameter))
+    known = attachment.compared.get(parameter)
     if known is not None and known[0] is held and known[1] is v:
         return True
     if agrees(state, v):
@@ -92,7 +93,8 @@ def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachmen
     if is_untouched(state):
         turn(state, parameter)
         return True
-    if any(v is late for late in attachment.ported[id(parameter)].means.late):
+    kept = attachment.ported[parameter].vectors
+    if kept is not None and any(v is late for late in kept.means.late):
         _start_anew(parameter, state, attachment)
         return True
     if known is not None and known[0] is held:  # the user's own v: memrewrite.load_state_dict
@@ -116,7 +118,9 @@ def _start_anew(parameter: nn.Parameter, state: dict[str, Any], attachment: Atta
 def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) -> None:
     """Go on along the v of a state that was loaded after the forward of this gradient."""
     grad: Any = parameter.grad
-    attachment.ported[id(parameter)].replace_vector(grad.basis.v, v)
+    kept = attachment.ported[parameter].vectors
+    assert kept is not None  # the gradient came along one of them
+    kept.replace(grad.basis.v, v)
     share = torch.dot(grad.basis.v, v)
     basis = Vector(v, grad.basis.left)
     parameter.grad = ProjectedGrad(grad.coordinates * share.to(grad.dtype), basis, grad.shape)
@@ -183,7 +187,7 @@ def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
     """Factored state of weights that have no small gradient now: another run's options."""
     for group, parameter in members(optimizer):
         state = optimizer.state.get(parameter)
-        if parameter.grad is None or id(parameter) in attachment.ported:
+        if parameter.grad is None or parameter in attachment.ported:
             continue  # it takes no step, or one of ours
         if isinstance(state, dict) and VECTOR in state:
             reason = "no compiled graph returns a small gradient for it now"
@@ -191,9 +195,9 @@ def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
 
 
 def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
-    grads = [p.grad for _, p in members(optimizer) if id(p) in attachment.ported]
+    grads = [p.grad for _, p in members(optimizer) if p in attachment.ported]
     small = [g for g in grads if isinstance(g, ProjectedGrad) and not g.is_dense]
-    served = {attachment.ported[id(p)] for _, p in members(optimizer) if id(p) in attachment.ported}
+    served = {attachment.ported[p] for _, p in members(optimizer) if p in attachment.ported}
     if small and not all("dense" in session.calls.told for session in served):
         for session in served:  # one warning where each parameter has an optimizer of its own
             session.calls.told.add("dense")
@@ -232,13 +236,12 @@ def warn_of_sums(session: Session) -> None:
     session.scale_checked = True
     factored = session.factored()
     others = {
-        b.names[position]: tuple(parameter.shape)
-        for graph in session.graphs
-        for b in graph.bindings.values()
-        for record in b.variant.record.inputs
+        binding.names[position]: tuple(parameter.shape)
+        for binding in session.bindings()
+        for record in binding.variant.record.inputs
         for position in record.weights
-        if (parameter := dict(b.parameters)[position]()) is not None
-        and b.names[position] not in factored
+        if (parameter := dict(binding.parameters)[position]()) is not None
+        and binding.names[position] not in factored
     }
     if others:
         name, shape = next(iter(others.items()))
@@ -260,10 +263,10 @@ def update_factored(
     state = optimizer.state[parameter]
     if state["step"].device.type != "cpu" and not group["capturable"]:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
-    if session.means.provisional:
+    if session.vectors is not None and session.vectors.means.provisional:
         grad: Any = parameter.grad
-        session.means.stepped(grad.basis.v, grad.coordinates)
-    update = update_of(kind, session, build)
+        session.vectors.means.stepped(grad.basis.v, grad.coordinates)
+    update = update_of(kind, session)
     numbers = numbers_of(update, state["step"], group, shared, session.step_scale)
     update.apply(inputs(parameter, state, kind), numbers)
     if kind.dynamic:  # it wrote through tensors of the same memory that autograd does not know

@@ -1,0 +1,19 @@
+"""The order of the passes over a joint graph: this file is the only place that knows it."""
+
+from __future__ import annotations
+
+from memrewrite.compiler.sizes import hint
+from memrewrite.methods.method import Context
+from memrewrite.methods.request import Request
+from passes.base import Pass
+from passes.emit import Decompositions
+from passes.joint.absent import skip_absent_gradients
+from passes.lower import lower_ir_ops
+
+
+def passes_for(request: Request, decompositions: Decompositions) -> list[Pass]:
+    """Each method's, what lowers their operations, and the exact ones that need no method."""
+    context = Context(frozenset(request.weights), decompositions)
+    found = [one for task in request.tasks for one in task.method.passes(task, context)]
+    found += [lower_ir_ops()] if found else []
+    return [*found, skip_absent_gradients(hint)] if request.may_be_absent else found

@@ -1,0 +1,125 @@
+"""Why each weight of a report is what it is, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memrewrite.methods.method import Method
+from memrewrite.record.decision import InputRecord
+from memrewrite.session.graph import Binding
+from memrewrite.session.session import Session
+from memrewrite.sites.select import why_exact
+from memrewrite.sites.weights import Weight
+
+
+@dataclass(frozen=True)
+class Fate:
+    graph: Binding
+    entry: InputRecord | None  # None: no gradient matmul was recognised
+    reason: str
+    weight: int
+
+
+def fates_of(graphs: list[Binding]) -> dict[str, list[Fate]]:
+    """Per name, every input it has in the last graph that has it."""
+    fates: dict[str, list[Fate]] = {}
+    for graph in graphs:
+        seen: dict[str, list[Fate]] = {}
+        for entry in graph.variant.record.inputs:
+            for weight in (*entry.weights, *entry.exact_weights):
+                if weight in graph.names:
+                    seen.setdefault(graph.names[weight], []).append(Fate(graph, entry, "", weight))
+        for weight, reason in graph.variant.record.refused.items():
+            if weight in graph.names:
+                seen.setdefault(graph.names[weight], []).append(Fate(graph, None, reason, weight))
+        fates |= seen
+    return fates
+
+
+def asked_of(session: Session, found: list[Weight]) -> dict[str, Method]:
+    """The first method that each weight was selected for."""
+    asked: dict[str, Method] = {}
+    for method in session.methods:
+        if method.compresses:
+            asked = dict.fromkeys(method.select(found), method) | asked
+    return asked
+
+
+def reason_of(session: Session, weight: Weight, method: Method | None, mine: list[Fate]) -> str:
+    static = why_exact(weight) if method is None else method.why_not(weight)
+    if static is not None:
+        return static
+    if not mine:
+        return "not part of any compiled training graph"
+    parts = dict.fromkeys(_one_reason(session, fate) for fate in mine)
+    return "; ".join(parts)
+
+
+def _one_reason(session: Session, fate: Fate) -> str:
+    entry, names = fate.entry, fate.graph.names
+    if entry is None:
+        return f"pattern not recognised: {fate.reason}"
+    if fate.graph.variant.record.failure:
+        return f"the rewrite failed and was undone ({fate.graph.variant.record.failure})"
+    method = next(
+        (m for m in session.methods if fate.weight in entry.compressed.get(m.name, ())), None
+    )
+    if method is None:
+        left = entry.declined.get(fate.weight) or _not_selected(session)
+        return f"{left}; {_exact_fate(session, entry)}"
+    by = " and ".join(_reader(reader, names) for reader in entry.kept_by) or "the caller"
+    reason = _compressed_fate(session, entry, method, by)
+    others = [names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != fate.weight]
+    if others:
+        reason += f" (x shared with {', '.join(others)})"
+    leader = names.get(entry.compressed[method.name][0], "")
+    for kept, state in session.kept:
+        if kept is method and (sentence := state.sentence(leader)):
+            reason += f"; {sentence}"
+    if session.full is not None:
+        reason += f"; its gradient and Adam state stay full-size: {session.full}"
+    return reason
+
+
+def _compressed_fate(session: Session, entry: InputRecord, method: Method, by: str) -> str:
+    """What is kept for a weight that reads z in place of x."""
+    gain = f"; {method.gain}" if method.gain else ""
+    if entry.fate == "kept":
+        return f"x kept alive by {by}: frees no bytes{gain}"
+    if entry.fate == "rebuilt":
+        return f"x rebuilt in backward, so nothing is kept{gain}"
+    if method.name in entry.small_bytes:
+        return f"{method.kept} saved in place of x"
+    return f"{_small(session, entry)} of the weights that share it saved in place of x"
+
+
+def _exact_fate(session: Session, entry: InputRecord) -> str:
+    """What is kept for a weight that reads x itself."""
+    if entry.fate == "kept":
+        return "x kept"
+    if entry.fate == "rebuilt":
+        return "x rebuilt exactly in backward"
+    shared = " for the weights that share it" if entry.compressed else ""
+    return f"x replaced by {_small(session, entry)}{shared}"
+
+
+def _small(session: Session, entry: InputRecord) -> str:
+    return " and ".join(m.kept for m in session.methods if m.name in entry.small_bytes)
+
+
+def _not_selected(session: Session) -> str:
+    methods = [method for method in session.methods if method.compresses]
+    if not methods:
+        return "no compression is asked for"
+    sites = [getattr(getattr(m, "options", m), "sites", None) for m in methods]
+    return " and ".join(
+        f"not selected by sites={s!r}" if isinstance(s, str) else "not selected by sites"
+        for s in sites
+    )
+
+
+def _reader(reader: str, names: dict[int, str]) -> str:
+    if reader.startswith("weight:"):
+        position = int(reader.removeprefix("weight:"))
+        return f"the exact gradient of {names.get(position, 'another weight')}"
+    return reader

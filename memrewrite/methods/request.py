@@ -1,0 +1,83 @@
+"""What one captured graph is asked to do, as plain data: part of the compile cache's key."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import passes
+from memrewrite.methods.method import Ask, Method, Task
+
+
+@dataclass(frozen=True)
+class Request:
+    """Positions count the captured graph's arguments."""
+
+    weights: tuple[int, ...]  # arguments that are parameters
+    buffers: tuple[int, ...]  # arguments that are the model's buffers
+    tasks: tuple[Task, ...] = ()
+    may_be_absent: bool = True  # incoming gradients; a recorded CUDA graph cannot branch on it
+
+    @property
+    def free(self) -> frozenset[int]:
+        """Arguments that live anyway: keeping them for backward costs nothing."""
+        placed = (p for task in self.tasks for p in task.placed())
+        bases = {p.basis for p in placed if p.basis is not None}
+        return frozenset({*self.weights, *self.buffers, *bases})
+
+
+def make_request(
+    arguments: int,
+    asked: Sequence[tuple[Method, Sequence[Ask]]],
+    parameters: Sequence[int],
+    buffers: Sequence[int],
+    may_be_absent: bool = True,
+) -> Request:
+    """The request for a graph of so many arguments; extra inputs follow, method by method."""
+    tasks: list[Task] = []
+    for method, asks in asked:
+        if asks:
+            tasks.append(Task(method, method.key, tuple(asks), arguments))
+            arguments += tasks[-1].inputs
+    return Request(tuple(parameters), tuple(buffers), tuple(tasks), may_be_absent)
+
+
+def extra_inputs(request: Request) -> list[tuple[str, Tensor]]:
+    """(name, example) of what the compiled graph takes besides its own; ports need gradients."""
+    found: list[tuple[str, Tensor]] = []
+    for task in request.tasks:
+        symbol = task.method.symbol
+        for ask in task.asks:
+            if ask.basis is not None:
+                empty = torch.empty(ask.basis, dtype=ask.dtype, device=ask.device)
+                found.append((f"memrewrite_{symbol}_{ask.position}", empty))
+        for ask in task.asks:
+            if ask.port is not None:
+                port = torch.zeros(ask.port, dtype=ask.port_dtype, device=ask.device)
+                found.append((f"memrewrite_port_{ask.position}", port.requires_grad_()))
+    return found
+
+
+# The rooms whose files decide what a captured graph becomes. Left out on purpose: what shows
+# (inspect), predicts, measures (bench) or steps (optim, parallel); a request says what they ask.
+DECIDING = ("calibration", "compiler", "gradients", "methods", "record", "session", "sites")
+
+
+def deciding_files() -> list[Path]:
+    """Every source file that the compile cache's key depends on."""
+    root = Path(__file__).parent.parent
+    folders = [Path(passes.__file__).parent, *(root / room for room in DECIDING)]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of every file that decides what a graph becomes: yesterday's pass is another pass."""
+    content = b"".join(path.read_bytes() for path in deciding_files())
+    return hashlib.sha256(torch.__version__.encode() + content).hexdigest()

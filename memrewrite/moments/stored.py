@@ -1,0 +1,145 @@
+"""Moments in a form of their own: what an optimizer keeps, read and written within its update.
+
+    class BF16(memrewrite.Moment):
+        name = "bf16"
+
+        def write(self, value, *, name):
+            return value.bfloat16()
+
+        def read(self, stored, *, name, shape, dtype):
+            return stored.to(dtype)
+
+    memrewrite.compile(model, moments=BF16())
+
+`read` stands before the update, in the dtype that it computes in, and `write` after it; both are
+traced into the graph, once a kind of weight. State in `optimizer.state[p]`: `step`, and for each
+moment of the optimizer (`exp_avg`, ...) one plain tensor for each of `parts`, under its name and
+that suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from memrewrite.moments.optimizers import Flags, Row
+from memrewrite.moments.update import wide
+from passes.base import Pass
+from passes.lower import lower_ir_ops
+from passes.update.store import Form, store_moments
+
+
+class Moment:
+    """How the moments of one weight are kept. Subclass it: set `name`, define `read` and `write`.
+
+    parts: suffixes of the tensors that one moment is stored as. Instances are compared by their
+    attributes: equal ones share a compiled update.
+    """
+
+    name: ClassVar[str] = ""
+    parts: ClassVar[tuple[str, ...]] = ("",)
+
+    def declines(self, weight: Tensor) -> str | None:
+        """The reason to keep the moments of a weight as the optimizer does, or None."""
+        return None
+
+    def zeros(self, like: Tensor, *, name: str) -> Any:
+        """A moment of zeros of the weight's shape, as it is stored."""
+        return self.write(torch.zeros_like(like, dtype=wide(like.dtype)), name=name)
+
+    def read(self, stored: Any, *, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A moment of that shape and dtype from its tensor, or from a tuple of its tensors."""
+        raise NotImplementedError
+
+    def write(self, value: Tensor, *, name: str) -> Any:
+        """The tensor, or the tuple of them, that stands for a moment (float32 or float64)."""
+        raise NotImplementedError
+
+    def bytes_of(self, weight: Tensor, names: Sequence[str]) -> int:
+        """What these moments of a weight take."""
+        meta = weight.detach().to("meta")
+        stored = [self.zeros(meta, name=name) for name in names]
+        parts = [p for one in stored for p in (one if isinstance(one, tuple) else (one,))]
+        return sum(part.nbytes for part in parts)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(sorted(vars(self).items()))))
+
+    def keys(self, name: str) -> list[str]:
+        """Of the tensors of one moment, in an optimizer's state."""
+        return [f"{name}{part}" for part in self.parts]
+
+
+@dataclass(frozen=True)
+class StoredKind:
+    """All that tells one such update from another; see `moments.update.Kind`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    flags: Flags
+    row: Row
+    moment: Moment
+    dynamic = False
+
+    def zeros(self, weight: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in self.row.moments_of(self.flags):
+            stored = self.moment.zeros(weight.detach(), name=name)
+            parts = stored if isinstance(stored, tuple) else (stored,)
+            found |= dict(zip(self.moment.keys(name), parts, strict=True))
+        return found
+
+    def rewrite(self, gm: GraphModule) -> list[Pass]:
+        """Each moment's argument becomes those of its parts."""
+        names = self.row.moments_of(self.flags)
+        zeros = self.zeros(torch.empty(self.shape, dtype=self.dtype))
+        held = {}
+        for i, name in enumerate(names):
+            stored = tuple(zeros[key] for key in self.moment.keys(name))
+            held[2 + i] = Form(self.moment.name, stored, *self._functions(name))
+        key = (self.moment, self.shape, self.dtype)
+        todo = [*self.row.inputs, *self.row.lowering, store_moments(held, wide(self.dtype), key)]
+        return [*todo, lower_ir_ops()]
+
+    def _functions(self, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        moment, count = self.moment, len(self.moment.parts)
+
+        def read(*tensors: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            stored = tensors[0] if count == 1 else tensors
+            return moment.read(stored, name=name, shape=shape, dtype=dtype)
+
+        def write(value: Tensor) -> Any:
+            return moment.write(value, name=name)
+
+        return read, write
+
+
+MOMENTS: dict[str, Callable[[], Moment]] = {}  # by the name that `moments=` takes
+
+
+def moment_of(moments: object) -> Moment | None:
+    """What `moments=` means. Raises TypeError or ValueError for anything else."""
+    if moments is None:
+        return None
+    known = ", ".join(map(repr, MOMENTS)) or "none"
+    if isinstance(moments, str):
+        if moments not in MOMENTS:
+            raise ValueError(f"moments={moments!r} is not known; known: {known}")
+        return MOMENTS[moments]()
+    if isinstance(moments, Moment):
+        if not moments.name:
+            raise ValueError(f"{type(moments).__name__} has no name: set the attribute `name`")
+        return moments
+    raise TypeError(
+        f"moments={moments!r} is a {type(moments).__name__}; pass a memrewrite.Moment, or the "
+        f"name of a known one ({known})"
+    )

@@ -1,0 +1,100 @@
+"""Read and write the moments of an update in the form that they are stored in.   [approximate]
+
+    before                                  after
+    m --> ops --> m'                        s... --> read --> m --> ops --> m' --> write --> s'...
+    copy_(m, m')                            copy_(s, s') for each s
+
+Identity: none; the form decides what a moment loses from one step to the next. Between `read` and
+`write` the update is what it was, in the dtype that it computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass, arguments, aten
+from passes.emit import emit
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one moment is stored.
+
+    stored: examples of its tensors. read(*stored, shape=, dtype=): the moment; write(moment): the
+    tensors again, one or several.
+    """
+
+    name: str
+    stored: tuple[Tensor, ...]
+    read: Callable[..., Tensor]
+    write: Callable[..., Any]
+
+
+def store_moments(
+    forms: Mapping[int, Form], dtype: torch.dtype, key: tuple[Hashable, ...] = ()
+) -> Pass:
+    """Let the lowered update read and write each moment (by its argument) in its form.
+
+    dtype: of what it computes with. Further tensors of a moment are arguments after its first one.
+    """
+
+    def rewrite(gm: GraphModule) -> None:
+        place = arguments(gm.graph)
+        for argument, form in forms.items():
+            if "stored" not in place[argument].meta:
+                _store(place[argument], form, dtype)
+
+    identity = "m = read(s), then s' = write(m')"
+    return Pass("store_moments", rewrite, exact=False, key=key, identity=identity)
+
+
+def _store(moment: Node, form: Form, dtype: torch.dtype) -> None:
+    shape = tuple(moment.meta["val"].shape)
+    users = list(moment.users)
+    stored = _placeholders(moment, form)
+    read = emit(stored, form.name, lambda *t: form.read(*t, shape=shape, dtype=dtype))
+    (whole,) = read
+    if tuple(whole.meta["val"].shape) != shape or whole.meta["val"].dtype != dtype:
+        raise TypeError(f"{form.name}.read returned {whole.meta['val']}, not {dtype}{list(shape)}")
+    for user in users:
+        if user.target is aten.copy_.default and user.args[0] is moment:
+            _write(user, stored, form)
+        else:
+            user.replace_input_with(moment, whole)
+
+
+def _placeholders(moment: Node, form: Form) -> list[Node]:
+    """The moment's own argument, of another shape now, and one more for each further part."""
+    mode = moment.meta["val"].fake_mode
+    found, graph = [moment], moment.graph
+    for _ in form.stored[1:]:
+        with graph.inserting_after(found[-1]):
+            found.append(graph.placeholder(f"{moment.name}_part"))
+    for node, part in zip(found, form.stored, strict=True):
+        with mode:
+            node.meta["val"] = torch.empty(part.shape, dtype=part.dtype)
+        node.meta["stored"] = form.name
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        node.meta["argument"] = position
+    return found
+
+
+def _write(copy: Node, stored: list[Node], form: Form) -> None:
+    graph, value = copy.graph, copy.args[1]
+    assert isinstance(value, Node)
+    parts = emit([value], form.name, form.write)
+    found = [(str(n.meta["val"].shape), n.meta["val"].dtype) for n in parts]
+    expected = [(str(n.meta["val"].shape), n.meta["val"].dtype) for n in stored]
+    if found != expected:
+        raise TypeError(f"{form.name}.write returned {found}, where {expected} are stored")
+    for target, part in zip(stored, parts, strict=True):
+        with graph.inserting_before(copy):
+            written = graph.call_function(aten.copy_.default, (target, part))
+        written.meta["val"] = target.meta["val"]
+    graph.erase_node(copy)
