@@ -19,5 +19,4 @@ from memrewrite.predict.estimate import Estimate as Estimate
 from memrewrite.predict.estimate import estimate as estimate
 from memrewrite.sites.options import GaLore as GaLore
 from memrewrite.sites.options import VeLoRA as VeLoRA
-
-__version__ = "0.1.0"
+from memrewrite.version import __version__ as __version__

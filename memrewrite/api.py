@@ -17,7 +17,8 @@ from memrewrite.methods.method import Method
 from memrewrite.methods.velora import SubTokens
 from memrewrite.moments.stored import Moment, moment_of
 from memrewrite.optim import hook
-from memrewrite.parallel.data_parallel import foresee, inner
+from memrewrite.parallel.data_parallel import foresee
+from memrewrite.parallel.wrapped import inner
 from memrewrite.session.call import call_of
 from memrewrite.session.calls import watched
 from memrewrite.session.session import (

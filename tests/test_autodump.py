@@ -57,7 +57,7 @@ def test_the_environment_is_enough_and_the_logs_tell(script: Path, tmp_path: Pat
     record = json.loads((dump / "0-Sequential" / "dump.json").read_text())
     assert record["model"] == "Sequential" and record["updates"]
     assert (dump / "0-Sequential" / "index.html").exists()
-    assert "compressed: 0 (z saved; 1024 bytes kept before, 128 after)" in done.stderr
+    assert "compressed: 0 (replaced; 1024 bytes kept before, 128 after)" in done.stderr
     assert "pass fold_reconstruction" in done.stderr
     (log,) = trace.glob("*.log")
     text = log.read_text()

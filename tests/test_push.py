@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from memrewrite.compiler.pipeline import run
-from passes.base import Pass
+from passes.base import Pass, StandsFor, stands_for
 from passes.joint.push import Projected, push_projections, return_projections
 from passes.lower import lower_ir_ops
 
@@ -142,8 +142,8 @@ def test_a_projection_of_the_activation_is_marked(left: bool) -> None:
     w, x, p = example(LINEAR, left)
     gm = pushed(FORMS[LINEAR], w, x, p, left)
     run(gm, passes(left))
-    marks = [n.meta["galore"] for n in gm.graph.nodes if "galore" in n.meta]
-    assert marks == ([] if left else ["tanh"])
+    marks = [mark for n in gm.graph.nodes if (mark := stands_for(n)) is not None]
+    assert marks == ([] if left else [StandsFor("galore", "tanh", kept=True)])
 
 
 def test_a_gradient_that_something_else_reads_is_projected_whole() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from memrewrite.compiler.pipeline import run
-from passes.base import Pass, fixed
+from passes.base import Pass, fixed, stands_for
 from passes.joint.fold import fold_reconstruction
 from passes.joint.velora import compress_saved_inputs
 from passes.lower import lower_ir_ops
@@ -208,7 +208,7 @@ def test_dynamic_sizes_stay_dynamic(case: dict[str, Any]) -> None:
     run(gm, passes((0, 3), weights=2))
     assert len(shape_env.guards) == guards  # a new guard would be a new recompile
     sums = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
-    (z,) = [n for n in sums if "velora_z" in n.meta]
+    (z,) = [n for n in sums if stands_for(n)]
     known = [fixed(length) for length in x.shape[:-1]]  # tracing itself fixes some
     assert (fixed(z.meta["val"].shape[0]) is None) == (None in known)
 
@@ -239,7 +239,7 @@ def test_one_z_for_q_k_and_v() -> None:
     for position in (4, 5, 6):
         add_vector(gm, v * (position == 4), position)  # only the leader's v is read
     run(gm, passes((0, 4), (1, 5), (2, 6), weights=3)[:1])
-    zs = [n for n in gm.graph.nodes if "velora_z" in n.meta]
+    zs = [n for n in gm.graph.nodes if stands_for(n)]
     assert len(zs) == 1
     dy = torch.randn(2, 5, 6).double()
     result = execute(gm, *weights, x, dy, v, 0 * v, 0 * v)

@@ -85,7 +85,7 @@ def settle(record: GraphRecord, groups: Groups, before: Kept, after: Kept, backw
                 known = entry.small_bytes.get(mark.method, 0)
                 entry.small_bytes[mark.method] = known + hint(tensor_bytes(node))
         entry.after = sum(entry.small_bytes.values()) + (hint(tensor_bytes(x)) if x else 0)
-        entry.fate = "kept" if x else "small" if entry.small_bytes else "rebuilt"
+        entry.outcome = "kept" if x else "replaced" if entry.small_bytes else "recomputed"
         mine = set(entry.compressed)
         entry.kept_by = _reader_names(backward, after.handed[x], served, mine) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)

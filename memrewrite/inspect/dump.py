@@ -27,10 +27,11 @@ from torch import nn
 from memrewrite.inspect.page import page
 from memrewrite.inspect.report import INFERENCE_ONLY, NOTHING_YET, report_of
 from memrewrite.optim.hook import updates_of
-from memrewrite.parallel.data_parallel import inner
+from memrewrite.parallel.wrapped import inner
 from memrewrite.record.listing import changed, described, difference
 from memrewrite.session.graph import Variant
 from memrewrite.session.session import Session, known_session, parts_of
+from memrewrite.version import __version__
 
 MARK = "dump.json"
 HALVES = ("forward", "backward", "scalars", "body", "writes")  # what no pass made
@@ -58,15 +59,13 @@ def dump(model: nn.Module, directory: str | Path) -> Path:
 
 def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:
     """The dump of one session; see `dump`."""
-    import memrewrite
-
     if not session.graphs:
         raise ValueError(NOTHING_YET)
     target = _prepared(directory)
     told = report_of(session, model)
     texts: dict[str, str] = {"report.txt": f"{told}\n"}
     record: dict[str, Any] = {
-        "memrewrite": memrewrite.__version__,
+        "memrewrite": __version__,
         "torch": torch.__version__,
         "model": type(model).__name__,
         "report": {**told.to_dict(), "status": told.status},

@@ -13,27 +13,31 @@ from memrewrite.sites.weights import Weight
 
 
 @dataclass(frozen=True)
-class Fate:
+class Reading:
     graph: Binding
     entry: InputRecord | None  # None: no gradient matmul was recognised
     reason: str
     weight: int
 
 
-def fates_of(graphs: list[Binding]) -> dict[str, list[Fate]]:
+def readings_of(graphs: list[Binding]) -> dict[str, list[Reading]]:
     """Per name, every input it has in the last graph that has it."""
-    fates: dict[str, list[Fate]] = {}
+    readings: dict[str, list[Reading]] = {}
     for graph in graphs:
-        seen: dict[str, list[Fate]] = {}
+        seen: dict[str, list[Reading]] = {}
         for entry in graph.variant.record.inputs:
             for weight in (*entry.weights, *entry.exact_weights):
                 if weight in graph.names:
-                    seen.setdefault(graph.names[weight], []).append(Fate(graph, entry, "", weight))
+                    seen.setdefault(graph.names[weight], []).append(
+                        Reading(graph, entry, "", weight)
+                    )
         for weight, reason in graph.variant.record.refused.items():
             if weight in graph.names:
-                seen.setdefault(graph.names[weight], []).append(Fate(graph, None, reason, weight))
-        fates |= seen
-    return fates
+                seen.setdefault(graph.names[weight], []).append(
+                    Reading(graph, None, reason, weight)
+                )
+        readings |= seen
+    return readings
 
 
 def asked_of(session: Session, found: list[Weight]) -> dict[str, Method]:
@@ -45,31 +49,33 @@ def asked_of(session: Session, found: list[Weight]) -> dict[str, Method]:
     return asked
 
 
-def reason_of(session: Session, weight: Weight, method: Method | None, mine: list[Fate]) -> str:
+def reason_of(session: Session, weight: Weight, method: Method | None, mine: list[Reading]) -> str:
     static = why_exact(weight) if method is None else method.why_not(weight)
     if static is not None:
         return static
     if not mine:
         return "not part of any compiled training graph"
-    parts = dict.fromkeys(_one_reason(session, fate) for fate in mine)
+    parts = dict.fromkeys(_one_reason(session, reading) for reading in mine)
     return "; ".join(parts)
 
 
-def _one_reason(session: Session, fate: Fate) -> str:
-    entry, names = fate.entry, fate.graph.names
+def _one_reason(session: Session, reading: Reading) -> str:
+    entry, names = reading.entry, reading.graph.names
     if entry is None:
-        return f"pattern not recognised: {fate.reason}"
-    if fate.graph.variant.record.failure:
-        return f"the rewrite failed and was undone ({fate.graph.variant.record.failure})"
+        return f"pattern not recognised: {reading.reason}"
+    if reading.graph.variant.record.failure:
+        return f"the rewrite failed and was undone ({reading.graph.variant.record.failure})"
     method = next(
-        (m for m in session.methods if fate.weight in entry.compressed.get(m.name, ())), None
+        (m for m in session.methods if reading.weight in entry.compressed.get(m.name, ())), None
     )
     if method is None:
-        left = entry.declined.get(fate.weight) or _not_selected(session)
-        return f"{left}; {_exact_fate(session, entry)}"
+        left = entry.declined.get(reading.weight) or _not_selected(session)
+        return f"{left}; {_of_exact(session, entry)}"
     by = " and ".join(_reader(reader, names) for reader in entry.kept_by) or "the caller"
-    reason = _compressed_fate(session, entry, method, by)
-    others = [names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != fate.weight]
+    reason = _of_compressed(session, entry, method, by)
+    others = [
+        names.get(w, "?") for w in (*entry.weights, *entry.exact_weights) if w != reading.weight
+    ]
     if others:
         reason += f" (x shared with {', '.join(others)})"
     leader = names.get(entry.compressed[method.name][0], "")
@@ -81,23 +87,23 @@ def _one_reason(session: Session, fate: Fate) -> str:
     return reason
 
 
-def _compressed_fate(session: Session, entry: InputRecord, method: Method, by: str) -> str:
+def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str) -> str:
     """What is kept for a weight that reads z in place of x."""
     gain = f"; {method.gain}" if method.gain else ""
-    if entry.fate == "kept":
+    if entry.outcome == "kept":
         return f"x kept alive by {by}: frees no bytes{gain}"
-    if entry.fate == "rebuilt":
+    if entry.outcome == "recomputed":
         return f"x rebuilt in backward, so nothing is kept{gain}"
     if method.name in entry.small_bytes:
         return f"{method.kept} saved in place of x"
     return f"{_small(session, entry)} of the weights that share it saved in place of x"
 
 
-def _exact_fate(session: Session, entry: InputRecord) -> str:
+def _of_exact(session: Session, entry: InputRecord) -> str:
     """What is kept for a weight that reads x itself."""
-    if entry.fate == "kept":
+    if entry.outcome == "kept":
         return "x kept"
-    if entry.fate == "rebuilt":
+    if entry.outcome == "recomputed":
         return "x rebuilt exactly in backward"
     shared = " for the weights that share it" if entry.compressed else ""
     return f"x replaced by {_small(session, entry)}{shared}"

@@ -11,8 +11,8 @@ from torch import nn
 
 from memrewrite.compiler.liveness import dominates
 from memrewrite.inspect.optimizer_report import OptimizerRow, optimizer_rows, table
-from memrewrite.inspect.reasons import Fate, asked_of, fates_of, reason_of
-from memrewrite.parallel.data_parallel import inner
+from memrewrite.inspect.reasons import Reading, asked_of, readings_of, reason_of
+from memrewrite.parallel.wrapped import inner
 from memrewrite.record.decision import GraphRecord
 from memrewrite.session.graph import Binding
 from memrewrite.session.session import Session, known_session, parts_of
@@ -147,29 +147,31 @@ def report_of(session: Session, model: nn.Module) -> Report:
         rows = [_row(c, "exact", status, 0, 0) for c in found if c.kind != "raw"]
         totals = _totals([]) | _state_totals(projected)
         return Report(tuple(rows), totals, status, projected, projected_status, **calls)
-    rows = list(_rows(session, found, fates_of(graphs)))
+    rows = list(_rows(session, found, readings_of(graphs)))
     totals = _totals(_latest(graphs)) | _state_totals(projected)
     owners = dominates(b.variant.record for b in graphs)
     status = _summary(totals, graphs)
     return Report(tuple(rows), totals, status, projected, projected_status, owners, **calls)
 
 
-def _rows(session: Session, found: list[Weight], fates: dict[str, list[Fate]]) -> Iterator[Row]:
+def _rows(
+    session: Session, found: list[Weight], readings: dict[str, list[Reading]]
+) -> Iterator[Row]:
     counted: set[tuple[int, int]] = set()
     asked = asked_of(session, found)
-    known = {weight.parameter: weight.name for weight in reversed(found) if weight.name in fates}
+    known = {weight.parameter: weight.name for weight in reversed(found) if weight.name in readings}
     for weight in found:
         name = known.get(weight.parameter, weight.name)
-        mine = fates.get(name, [])
+        mine = readings.get(name, [])
         if weight.kind == "raw" and not any(f.entry or f.reason == BATCHED for f in mine):
             continue
         before = after = 0
-        for fate in mine:
-            key = (id(fate.graph), id(fate.entry))
-            if fate.entry is not None and key not in counted:
+        for reading in mine:
+            key = (id(reading.graph), id(reading.entry))
+            if reading.entry is not None and key not in counted:
                 counted.add(key)
-                before += fate.entry.before
-                after += fate.entry.after
+                before += reading.entry.before
+                after += reading.entry.after
         compressed = any(f.entry is not None and f.weight in f.entry.weights for f in mine)
         reason = reason_of(session, weight, asked.get(weight.name), mine)
         if name != weight.name:

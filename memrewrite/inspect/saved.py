@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memrewrite.parallel.data_parallel import inner
+from memrewrite.parallel.wrapped import inner
 from memrewrite.record.decision import KeptRecord
 from memrewrite.session.graph import Binding, running
 from memrewrite.session.session import session_of

@@ -25,20 +25,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Basis
 from memrewrite.parallel.averaging import Averager
-from memrewrite.sites.sharded import is_sharded as is_dtensor
+from memrewrite.parallel.wrapped import active, is_sharded
 
-PARTS = (
-    *("_active_ddp_module", "_build_params_for_reducer", "_build_debug_param_to_name_mapping"),
-    *("_ddp_init_helper", "_post_forward", "_remove_autograd_hooks"),
-)
 AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
-KNOWN = all(hasattr(DDP, part) for part in PARTS)
 
 
 class Trained(Protocol):
@@ -51,27 +45,6 @@ class Trained(Protocol):
     def keep_full(self, reason: str) -> None: ...
     def small_weights(self) -> list[nn.Parameter]: ...
     def basis_of(self, parameter: Tensor) -> Basis | None: ...
-
-
-def active() -> Any:
-    """The DDP whose forward is running, if one is."""
-    return DDP._active_ddp_module if KNOWN else None
-
-
-def inner(model: Any) -> Any:
-    """What a DDP wraps: names, sites and state are those of the model itself."""
-    while isinstance(model, DDP):
-        model = model.module
-    return model
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard holds parameters of a model, which are whole while a block runs."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded by whoever uses it
-    kind = getattr(fsdp, "FSDPModule", ())
-    if any(isinstance(module, kind) for module in model.modules()):
-        return True
-    return any(map(is_dtensor, model.parameters()))
 
 
 def obstacle(ddp: Any) -> str | None:
@@ -220,25 +193,6 @@ def group_of(session: Trained) -> Any:
     if ddp is None:
         return dist.group.WORLD if is_sharded(model) else None
     return None if ddp._join_config.enable else ddp.process_group
-
-
-def rehearsed() -> bool:
-    """Whether a graph is called by DDPOptimizer, which splits it while Dynamo compiles."""
-    return active() is not None and torch._guards.TracingContext.try_get() is not None
-
-
-def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Parameters and buffers, where DDPOptimizer compiles a part with copies without memory."""
-    modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
-    mode = next(modes, None) if active() is not None else None
-    if mode is None or model is None:
-        return inputs
-    real: dict[Any, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        copy = mode.fake_tensor_converter._get_memo(tensor)
-        if copy is not None:
-            real[copy] = tensor
-    return [real.get(v, v) if isinstance(v, Tensor) else v for v in inputs]
 
 
 def foresee(session: Trained) -> None:

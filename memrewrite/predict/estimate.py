@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from memrewrite.compiler.liveness import dominates
 from memrewrite.errors import UnsupportedError
-from memrewrite.parallel.data_parallel import inner
+from memrewrite.parallel.wrapped import inner
 from memrewrite.predict.optimizer_state import Kept, state_of
 from memrewrite.predict.trace import factored_gradients, projected_gradients, trace
 from memrewrite.record.decision import GraphRecord, MemoryRecord
@@ -204,7 +204,7 @@ def estimate(
     small, pushed = factored_gradients(traced, fake), projected_gradients(traced, fake)
     named = dict(model.named_parameters())
     factored: dict[Tensor, tuple[int, int]] = {named[n]: size for n, size in small.items()}
-    projected = [named[name] for name in pushed]
+    projected: set[Tensor] = {named[name] for name in pushed}
     moments = session.moments if session else None
     plain, rewritten = state_of(model, optimizer, galore, factored, projected, moments)
     gradients = {name: size for name, (size, _) in small.items()} | pushed

@@ -7,7 +7,7 @@ gradient comes as coordinates moments of these alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -49,7 +49,7 @@ def state_of(
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     galore: GaLore | None,
     small: Mapping[Tensor, tuple[int, int]] = MappingProxyType({}),
-    pushed: Collection[Tensor] = (),
+    pushed: Set[Tensor] = frozenset(),
     moments: Moment | None = None,
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.

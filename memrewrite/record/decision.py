@@ -12,7 +12,7 @@ import json
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class InputRecord:
     small_bytes: dict[str, int] = field(default_factory=dict)  # method: of what it keeps instead
     before: int = 0  # kept by torch.compile's default partition
     after: int = 0  # kept by ours: the activation, or what stands for it, or nothing
-    fate: str = "rebuilt"  # or "small", or "kept"
+    outcome: Literal["recomputed", "replaced", "kept"] = "recomputed"
     kept_by: list[str] = field(default_factory=list)
     declined: dict[int, str] = field(default_factory=dict)  # weights that a method left: why
 

@@ -46,9 +46,9 @@ def _decisions(record: GraphRecord, names: Mapping[int, str]) -> Iterator[str]:
         exact = ", ".join(names.get(w, "?") for w in entry.exact_weights)
         kept = f"{entry.before} bytes kept before, {entry.after} after"
         if compressed:
-            yield f"compressed: {compressed} ({entry.fate}; {kept})"
+            yield f"compressed: {compressed} ({entry.outcome}; {kept})"
         if exact:
-            yield f"exact: {exact} ({entry.fate}; {kept})"
+            yield f"exact: {exact} ({entry.outcome}; {kept})"
     for weight, reason in record.refused.items():
         if weight in names:
             yield f"not recognised: {names[weight]}: {reason}"

@@ -19,7 +19,7 @@ from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.port import Port, trained_outputs
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
-from memrewrite.parallel.data_parallel import originals, rehearsed
+from memrewrite.parallel.wrapped import originals, rehearsed
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.logs import tell
 from memrewrite.session.calls import Calls

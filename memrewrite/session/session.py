@@ -19,7 +19,8 @@ from memrewrite.gradients.basis import Basis
 from memrewrite.methods.bases import Bases
 from memrewrite.methods.method import OWNERS, Ask, Method, State
 from memrewrite.methods.vectors import Vectors
-from memrewrite.parallel.data_parallel import adopt, foresee, group_of, inner
+from memrewrite.parallel.data_parallel import adopt, foresee, group_of
+from memrewrite.parallel.wrapped import inner
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Part, weights_with_small_gradients
 from memrewrite.session.graph import Binding, Graph, Setting

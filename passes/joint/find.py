@@ -115,7 +115,8 @@ def _match(
         x, transposed = left, True
     else:
         return None
-    if x.target is velora_reconstruct or "stands_for" in storage_of(x).meta:
+    storage = storage_of(x)
+    if velora_reconstruct in (x.target, storage.target) or "stands_for" in storage.meta:
         return None  # compressed already
     features = fixed(x.meta["val"].shape[0 if transposed else 1])
     if features is None:
