@@ -216,6 +216,8 @@ def _add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> Non
     parser.add_argument("--subtoken-size", type=_positive, default=16)
     parser.add_argument("--sites", default="auto", help="of velora: auto, all or a pattern")
     parser.add_argument("--galore-rank", type=_positive)
+    parser.add_argument("--activations", metavar="NAME", help="a registered method")
+    parser.add_argument("--moments", metavar="NAME", help="a known form of Adam's moments")
 
 
 def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -238,7 +240,8 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
             )
     sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
     velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
-    memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank)
+    other = {"activations": arguments.activations, "moments": arguments.moments}
+    memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank, **other)
     return model, given, named
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import memrewrite
 from memrewrite import MemrewriteWarning, VeLoRA
+from memrewrite.bench.configurations import parse
 from memrewrite.methods.method import METHODS
 from memrewrite.session.session import session_of
 
@@ -296,6 +297,8 @@ def test_a_name_is_registered_once() -> None:
     try:
         with pytest.raises(ValueError, match="'bf16-of-a-test' is registered already"):
             memrewrite.register("bf16-of-a-test", BF16)
+        assert parse("activations-bf16-of-a-test").activations == "bf16-of-a-test"
+        assert not parse("activations-bf16-of-a-test+checkpointing").exact
         model = mlp()
         memrewrite.compile(model, activations="bf16-of-a-test", backend="aot_eager")
         loss_of(torch.randn(4, 32))(model).backward()

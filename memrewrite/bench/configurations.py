@@ -7,6 +7,8 @@
     galore                     memrewrite with GaLore at --rank
     module:function            your own: called with the model, compiles or wraps it in place
 
+    activations-NAME           memrewrite with a registered method for activations
+    moments-NAME               memrewrite with a known form of Adam's moments
     dense                      VeLoRA with full-size gradients and moments
     pushed                     GaLore with gradients in the projector's coordinates
     staggered                  GaLore with refreshes spread over all steps
@@ -36,6 +38,9 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any, Literal
+
+from memrewrite.methods.method import METHODS
+from memrewrite.moments.stored import MOMENTS
 
 Engine = Literal["eager", "torch.compile", "memrewrite"]
 Controlled = Literal["auto", "all", "galore"]
@@ -78,6 +83,8 @@ class Configuration:
     velora: int | None = None
     sites: Literal["auto", "all"] = "auto"
     dense: bool = False
+    activations: str | None = None
+    moments: str | None = None
     galore: bool = False
     pushed: bool = False
     staggered: bool = False
@@ -90,7 +97,7 @@ class Configuration:
     @property
     def exact(self) -> bool:
         approximate = self.velora or self.peft_velora or self.galore or self.own
-        approximate = approximate or self.fp8 is not None
+        approximate = approximate or self.fp8 is not None or self.activations or self.moments
         controlled = self.frozen or self.slowed
         return not approximate and self.optimizer == "adamw" and not controlled
 
@@ -205,6 +212,10 @@ def _meaning(part: str) -> dict[str, Any]:
         return plain[part]
     if ":" in part:
         return {"engine": "eager", "own": part}
+    for kind, registered in (("activations", METHODS), ("moments", MOMENTS)):
+        name = part.removeprefix(f"{kind}-")
+        if name != part and name in registered:
+            return {"engine": "memrewrite", kind: name}
     kind, _, value = part.rpartition("-")
     if kind == "budget" and _is_share(value):
         return {"budget": float(value)}

@@ -130,7 +130,8 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
             gradients=how,
         )
         wanted = galore if configuration.galore else None
-        memrewrite.compile(model, velora=velora if size else False, galore=wanted)
+        other = {"activations": configuration.activations, "moments": configuration.moments}
+        memrewrite.compile(model, velora=velora if size else False, galore=wanted, **other)
 
 
 def _with_lora(model: Any, size: int | None) -> Any:
