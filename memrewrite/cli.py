@@ -240,7 +240,7 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
             )
     sites = arguments.sites if arguments.sites in ("auto", "all") else [arguments.sites]
     velora = memrewrite.VeLoRA(arguments.subtoken_size, sites) if arguments.velora else False
-    other = {"activations": arguments.activations, "moments": arguments.moments}
+    other: Any = {"activations": arguments.activations, "moments": arguments.moments}
     memrewrite.compile(model, velora=velora, galore_rank=arguments.galore_rank, **other)
     return model, given, named
 

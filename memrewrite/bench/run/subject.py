@@ -130,7 +130,7 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
             gradients=how,
         )
         wanted = galore if configuration.galore else None
-        other = {"activations": configuration.activations, "moments": configuration.moments}
+        other: Any = {"activations": configuration.activations, "moments": configuration.moments}
         memrewrite.compile(model, velora=velora if size else False, galore=wanted, **other)
 
 
