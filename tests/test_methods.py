@@ -321,3 +321,19 @@ def test_a_second_compile_with_an_equal_method_does_nothing() -> None:
         assert memrewrite.compile(model, activations=method, backend="aot_eager") is model
     with pytest.raises(ValueError, match=r"memrewrite\.restore\(model\)"):
         memrewrite.compile(model, activations=Scaled(), backend="aot_eager")
+
+
+@pytest.mark.inductor
+def test_generated_code_keeps_what_the_compressor_returns() -> None:
+    """Inductor would take a cast to bf16 and back away, and with it the method."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(256, 32)
+    eager = copy.deepcopy(model)
+    memrewrite.compile(model, activations=BF16())
+    loss_of(x)(model).backward()
+    theirs = oracle(eager, x, bf16)
+    assert max(relative_errors(gradients(model), theirs).values()) < 1e-5
+    kept = memrewrite.saved_tensors(model, x)
+    assert sum(r.bytes for r in kept if r.dtype == torch.bfloat16) == 2 * 256 * (32 + 64 + 64)
+    alone: Any = lambda m: m(x).sum()  # noqa: E731
+    assert kept.bytes == count_saved(model, alone) == 2 * 256 * (32 + 64 + 64)
