@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     guess.add_argument("--json", action="store_true", help="print data instead of a table")
     told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
     _add_arguments(told)
+    told.add_argument("--full", action="store_true", help="a row for every weight, none folded")
     dump = commands.add_parser(
         "dump", help="run a script and dump its compiled models, or dump a model without running"
     )
@@ -160,7 +161,8 @@ def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
 def _report(arguments: argparse.Namespace) -> int:
     model, given, named = load(arguments)
     session, _ = trace(model, given, named, dynamic=False)
-    print(report_of(session, model))
+    found = report_of(session, model)
+    print(found.full() if arguments.full else found)
     return 0
 
 

@@ -60,11 +60,13 @@ def test_the_largest_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_report_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", *SMALL, "--velora"]) == 0
+    assert main(["report", *SMALL, "--velora", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines if line.startswith("model.")}
     assert " compressed " in rows["model.layers.1.mlp.down_proj"]
     assert " exact " in rows["model.layers.1.mlp.up_proj"]
+    assert main(["report", *SMALL, "--velora"]) == 0
+    assert "\nmodel.layers.*.mlp.down_proj x 2 " in capsys.readouterr().out
 
 
 def test_a_deep_stack_takes_the_shortcut(

@@ -47,7 +47,7 @@ def test_the_report_gathers_the_parts() -> None:
 
 
 def test_names_of_rows_are_no_numbers() -> None:
-    text = str(memrewrite.report(trained(blocks(11))))
+    text = memrewrite.report(trained(blocks(11))).full()
     assert "\n10.0 " in text and "\n0.0 " in text
 
 

@@ -2,7 +2,7 @@
 
     DIR/index.html                   all of it in one page that needs no network
     DIR/dump.json                    everything but the listings, for machines; and the report
-    DIR/report.txt                   str(memrewrite.report(model))
+    DIR/report.txt                   memrewrite.report(model).full()
     DIR/graph0/0-joint.txt           the joint graph as AOTAutograd traced it
     DIR/graph0/1-<pass>.txt, .diff   behind each pass, and what it changed
     DIR/graph0/forward.txt, backward.txt
@@ -63,7 +63,7 @@ def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:
         raise ValueError(NOTHING_YET)
     target = _prepared(directory)
     told = report_of(session, model)
-    texts: dict[str, str] = {"report.txt": f"{told}\n"}
+    texts: dict[str, str] = {"report.txt": f"{told.full()}\n"}
     record: dict[str, Any] = {
         "memrewrite": __version__,
         "torch": torch.__version__,

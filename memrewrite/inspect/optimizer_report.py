@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from memrewrite.gradients.packing import VECTOR
+from memrewrite.inspect.folding import Fold, folded
 from memrewrite.methods.bases import Bases
 from memrewrite.methods.vectors import Vectors
 from memrewrite.moments.optimizers import ADAM
@@ -192,32 +193,25 @@ def _why_plain(parameter: Tensor) -> str:
     return "fewer than two dimensions" if parameter.ndim < 2 else ""
 
 
-def table(rows: tuple[OptimizerRow, ...]) -> str:
+def folded_optimizer(rows: Sequence[OptimizerRow]) -> list[Fold[OptimizerRow]]:
+    """Equal layers as one line. Energies differ from layer to layer and do not count."""
+    return folded(rows, _shown)
+
+
+def _shown(row: OptimizerRow) -> tuple[Any, ...]:
+    sizes = (row.gradient_before, row.gradient_after, row.bytes_before, row.bytes_after)
+    return row.shape, row.decision, row.side, row.rank, row.last_refresh, sizes
+
+
+def table(folds: list[Fold[OptimizerRow]]) -> str:
     """The rows as text; parameters of fewer than two dimensions in one line."""
-    matrices = [row for row in rows if len(row.shape) > 1]
     header = [
         *("parameter", "shape", "decision", "side", "rank", "gradient before", "after"),
         *("state before", "after"),
         *("last refresh", "energy", "reason"),
     ]
-    lines = [
-        (
-            row.name,
-            "x".join(map(str, row.shape)),
-            row.decision,
-            row.side,
-            row.rank,
-            row.gradient_before,
-            row.gradient_after,
-            row.bytes_before,
-            row.bytes_after,
-            row.last_refresh,
-            None if row.energy is None else f"{row.energy:.3f}",
-            row.reason,
-        )
-        for row in matrices
-    ]
-    small = [row for row in rows if len(row.shape) < 2]
+    lines = [_line(fold) for fold in folds if len(fold.first.shape) > 1]
+    small = [row for fold in folds if len(fold.first.shape) < 2 for row in fold.rows]
     if small:
         size = sum(row.bytes_after for row in small)
         name = f"{len(small)} vectors and scalars"
@@ -228,3 +222,28 @@ def table(rows: tuple[OptimizerRow, ...]) -> str:
     return tabulate(
         lines, header, tablefmt="simple", intfmt=",", missingval="", disable_numparse=[0]
     )
+
+
+def _line(fold: Fold[OptimizerRow]) -> tuple[Any, ...]:
+    row = fold.first
+    return (
+        fold.label,
+        "x".join(map(str, row.shape)),
+        row.decision,
+        row.side,
+        row.rank,
+        fold.total(lambda r: r.gradient_before),
+        fold.total(lambda r: r.gradient_after),
+        fold.total(lambda r: r.bytes_before),
+        fold.total(lambda r: r.bytes_after),
+        row.last_refresh,
+        _energy([r.energy for r in fold.rows]),
+        fold.reason,
+    )
+
+
+def _energy(values: list[float | None]) -> str | None:
+    """The least and the greatest, where they are not printed alike."""
+    known = [v for v in values if v is not None]
+    ends = [f"{v:.3f}" for v in (min(known), max(known))] if known else []
+    return " to ".join(dict.fromkeys(ends)) or None

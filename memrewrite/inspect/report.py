@@ -10,7 +10,13 @@ from tabulate import tabulate
 from torch import nn
 
 from memrewrite.compiler.liveness import dominates
-from memrewrite.inspect.optimizer_report import OptimizerRow, optimizer_rows, table
+from memrewrite.inspect.folding import Fold, folded, unfolded
+from memrewrite.inspect.optimizer_report import (
+    OptimizerRow,
+    folded_optimizer,
+    optimizer_rows,
+    table,
+)
 from memrewrite.inspect.reasons import Reading, asked_of, readings_of, reason_of
 from memrewrite.parallel.wrapped import inner
 from memrewrite.record.decision import GraphRecord
@@ -38,7 +44,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Printable as a table; `to_dict()` is the same as plain data."""
+    """Printable as a table; `to_dict()` is the same as plain data, with every weight.
+
+    `str(report)` has one row for layers that are equal (`layers.*.mlp.down_proj x 8`, bytes
+    summed), `full()` one for every weight.
+    """
 
     sites: tuple[Row, ...]
     totals: dict[str, Any]
@@ -59,27 +69,35 @@ class Report:
         return {"sites": sites, "optimizer": optimizer, "totals": totals}
 
     def __str__(self) -> str:
-        rows = [
-            (
-                r.name,
-                "x".join(map(str, r.shape)),
-                r.decision,
-                r.bytes_before,
-                r.bytes_after,
-                r.reason,
-            )
-            for r in self.sites
-        ]
+        """Equal layers in one row; see `full`."""
+        return self._text(folded(self.sites, _shown), folded_optimizer(self.optimizer))
+
+    def full(self) -> str:
+        """The same text with a row for every weight."""
+        return self._text(unfolded(self.sites), unfolded(self.optimizer))
+
+    def _text(self, sites: list[Fold[Row]], optimizer: list[Fold[OptimizerRow]]) -> str:
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
+        rows = [_line(fold) for fold in sites]
         # "0.10" is a name, and no number
-        text = tabulate(
-            rows, header, tablefmt="simple", intfmt=",", disable_numparse=[0] if rows else False
-        )
+        numbers: Any = [0] if rows else False
+        text = tabulate(rows, header, tablefmt="simple", intfmt=",", disable_numparse=numbers)
         text += f"\n\n{self.status}"
         text += "".join(f"\n{line}" for line in (self.dominates, self.missed) if line)
-        if self.optimizer:
-            text += f"\n\n{table(self.optimizer)}\n\n{self.optimizer_status}"
+        if optimizer:
+            text += f"\n\n{table(optimizer)}\n\n{self.optimizer_status}"
         return text
+
+
+def _shown(row: Row) -> tuple[Any, ...]:
+    """What a line says of a row besides its name and reason."""
+    return row.shape, row.decision, row.bytes_before, row.bytes_after
+
+
+def _line(fold: Fold[Row]) -> tuple[Any, ...]:
+    row = fold.first
+    sizes = (fold.total(lambda r: r.bytes_before), fold.total(lambda r: r.bytes_after))
+    return (fold.label, "x".join(map(str, row.shape)), row.decision, *sizes, fold.reason)
 
 
 def report(model: nn.Module) -> Report:
