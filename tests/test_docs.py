@@ -15,7 +15,7 @@ from memrewrite.cli import main
 from memrewrite.predict import models
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")
 # At the start of a line of a shell block, or in backticks within a sentence.
@@ -33,8 +33,6 @@ def shown(path: Path) -> str:
 def test_snippets_run(page: Path) -> None:
     names: dict[str, object] = {}
     for block in BLOCK.findall(page.read_text()):
-        if "memrewrite.compile(model, velora=True, galore_rank=128)  # the same" in block:
-            continue  # the line at the top of the README: there is no model yet
         exec(compile(block, str(page), "exec"), names)
 
 
@@ -47,6 +45,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert path.exists(), target
         if place and path.suffix == ".md":
             assert f'<a id="{place}"></a>' in path.read_text(), (target, place)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_files_of_tests_that_are_named_exist(page: Path) -> None:
+    known = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"\btest_\w+\.py", page.read_text())) <= known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
