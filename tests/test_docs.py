@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")
+MEASURED = re.compile(r"\[([^\]]*\d[^\]]*)\]\([^)\s]*results/README\.md#([^)\s]+)\)")
+NUMBER = re.compile(r"\d[\d.]*")
+ROW = re.compile(r'\| <a id="([^"]+)"></a>')
 # At the start of a line of a shell block, or in backticks within a sentence.
 TYPED = re.compile(
     r"(?:^python -m |`python -m |`)memrewrite ([a-z][^`\n]*?)(?:\s+#.*)?(?:`|$)", re.M
@@ -45,6 +48,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert path.exists(), target
         if place and path.suffix == ".md":
             assert f'<a id="{place}"></a>' in path.read_text(), (target, place)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_numbers_that_lead_to_a_row_of_the_results_are_in_it(page: Path) -> None:
+    results = (ROOT / "docs/results/README.md").read_text().splitlines()
+    rows = {found[1]: line for line in results if (found := ROW.match(line))}
+    for text, place in MEASURED.findall(page.read_text()):
+        if place in rows:
+            known = {"1", *NUMBER.findall(rows[place])}
+            assert set(NUMBER.findall(text)) <= known, (text, place)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
