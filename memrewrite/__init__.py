@@ -2,6 +2,7 @@
 
 from memrewrite.api import compile as compile
 from memrewrite.api import load_state_dict as load_state_dict
+from memrewrite.api import register as register
 from memrewrite.api import restore as restore
 from memrewrite.api import state_dict as state_dict
 from memrewrite.errors import MemrewriteWarning as MemrewriteWarning
@@ -13,7 +14,6 @@ from memrewrite.inspect.report import report as report
 from memrewrite.inspect.saved import SavedTensor as SavedTensor
 from memrewrite.inspect.saved import saved_tensors as saved_tensors
 from memrewrite.methods.compressor import Compressor as Compressor
-from memrewrite.methods.method import register as register
 from memrewrite.moments.stored import Moment as Moment
 from memrewrite.predict.estimate import Estimate as Estimate
 from memrewrite.predict.estimate import estimate as estimate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +14,9 @@ from memrewrite.compiler.backend import Engine
 from memrewrite.errors import UnsupportedError, warn
 from memrewrite.inspect import autodump, strays
 from memrewrite.methods import methods_for
-from memrewrite.methods.method import Method
+from memrewrite.methods.method import METHODS, Method
 from memrewrite.methods.velora import SubTokens
-from memrewrite.moments.stored import Moment, moment_of
+from memrewrite.moments.stored import MOMENTS, Moment, moment_of
 from memrewrite.optim import hook
 from memrewrite.parallel.data_parallel import foresee
 from memrewrite.parallel.wrapped import inner
@@ -109,6 +110,23 @@ def compile(
     autodump.follow(session)
     hook.install()
     return model
+
+
+def register(name: str, make: Callable[[], Method | Moment]) -> None:
+    """Make `activations=name`, or `moments=name` for a Moment, mean `make()` in `compile`.
+
+    Raises ValueError for a name that is taken, TypeError where `make()` is neither.
+    """
+    made = make()
+    if not isinstance(made, Method | Moment):
+        raise TypeError(
+            f"{name!r} makes a {type(made).__name__}: neither a memrewrite.Compressor nor a "
+            "memrewrite.Moment"
+        )
+    registry: dict[str, Any] = METHODS if isinstance(made, Method) else MOMENTS
+    if name in registry:
+        raise ValueError(f"{name!r} is registered already; choose another name")
+    registry[name] = make
 
 
 def restore(model: N) -> N:

@@ -219,7 +219,7 @@ def _add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> Non
     parser.add_argument("--sites", default="auto", help="of velora: auto, all or a pattern")
     parser.add_argument("--galore-rank", type=_positive)
     parser.add_argument("--activations", metavar="NAME", help="a registered method")
-    parser.add_argument("--moments", metavar="NAME", help="a known form of Adam's moments")
+    parser.add_argument("--moments", metavar="NAME", help="a registered form of Adam's moments")
 
 
 def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -20,10 +20,7 @@ COMMON = {"errors", "version"}  # what any room may import
 ARROWS = {
     "__main__": {"cli"},
     "cli": {"bench", "inspect", "memrewrite", "predict", "sites"},
-    "bench": {
-        *("compiler", "gradients", "memrewrite", "methods", "moments", "predict", "session"),
-        "sites",
-    },
+    "bench": {"compiler", "gradients", "memrewrite", "predict", "session", "sites"},
     "memrewrite": {"api", "gradients", "inspect", "methods", "moments", "predict", "sites"},
     "api": {"compiler", "inspect", "methods", "moments", "optim", "parallel", "session", "sites"},
     "inspect": {

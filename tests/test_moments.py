@@ -14,8 +14,9 @@ import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
 from memrewrite.compiler.backend import Engine
 from memrewrite.moments.optimizers import ADAM, ADAMW, Flags, Row, row_of
-from memrewrite.moments.stored import StoredKind
+from memrewrite.moments.stored import MOMENTS, StoredKind
 from memrewrite.moments.update import build
+from memrewrite.session.session import session_of
 
 
 # --- the proof: a form of moments in fifteen lines ---------------------------------------------
@@ -196,9 +197,22 @@ def test_beside_velora_and_galore_it_takes_the_rest() -> None:
 
 
 def test_what_is_no_form_is_refused() -> None:
-    for wrong, told in ((3, "moments=3 is a int"), ("int2", "'int2' is not known")):
+    for wrong, told in ((3, "moments=3 is a int"), ("int2", "'int2' is not registered")):
         with pytest.raises((TypeError, ValueError), match=told):
             memrewrite.compile(Stack(), moments=wrong)  # type: ignore[arg-type]
+
+
+def test_a_form_is_registered_by_name_once() -> None:
+    memrewrite.register("bf16-of-a-test", BF16)
+    try:
+        with pytest.raises(ValueError, match="is registered already"):
+            memrewrite.register("bf16-of-a-test", BF16)
+        model = memrewrite.compile(Stack(), moments="bf16-of-a-test", backend="aot_eager")
+        assert session_of(model).moments == BF16()
+    finally:
+        del MOMENTS["bf16-of-a-test"]
+    with pytest.raises(TypeError, match="makes a dict: neither"):
+        memrewrite.register("a dict", dict)  # type: ignore[arg-type]
 
 
 # --- optimizers as rows -----------------------------------------------------------------------

@@ -8,7 +8,7 @@
     module:function            your own: called with the model, compiles or wraps it in place
 
     activations-NAME           memrewrite with a registered method for activations
-    moments-NAME               memrewrite with a known form of Adam's moments
+    moments-NAME               memrewrite with a registered form of Adam's moments
     dense                      VeLoRA with full-size gradients and moments
     pushed                     GaLore with gradients in the projector's coordinates
     staggered                  GaLore with refreshes spread over all steps
@@ -38,9 +38,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any, Literal
-
-from memrewrite.methods.method import METHODS
-from memrewrite.moments.stored import MOMENTS
 
 Engine = Literal["eager", "torch.compile", "memrewrite"]
 Controlled = Literal["auto", "all", "galore"]
@@ -212,9 +209,8 @@ def _meaning(part: str) -> dict[str, Any]:
         return plain[part]
     if ":" in part:
         return {"engine": "eager", "own": part}
-    for kind, registered in (("activations", METHODS), ("moments", MOMENTS)):
-        name = part.removeprefix(f"{kind}-")
-        if name != part and name in registered:
+    for kind in ("activations", "moments"):  # the model's own module may register the name
+        if name := part.removeprefix(f"{kind}-").removeprefix(part):
             return {"engine": "memrewrite", kind: name}
     kind, _, value = part.rpartition("-")
     if kind == "budget" and _is_share(value):

@@ -241,13 +241,6 @@ OWNERS: dict[str, str] = {}  # prefix of a saved state's keys -> how a user asks
 METHODS: dict[str, Callable[[], Method]] = {}  # by the name that `activations=` takes
 
 
-def register(name: str, make: Callable[[], Method]) -> None:
-    """Make `compile(model, activations=name)` mean `make()`. Raises ValueError for a taken name."""
-    if name in METHODS:
-        raise ValueError(f"a method named {name!r} is registered already; choose another name")
-    METHODS[name] = make
-
-
 def method_of(activations: object) -> Method:
     """What `activations=` means. Raises TypeError or ValueError for anything else."""
     if isinstance(activations, Method):

@@ -133,7 +133,7 @@ def moment_of(moments: object) -> Moment | None:
     known = ", ".join(map(repr, MOMENTS)) or "none"
     if isinstance(moments, str):
         if moments not in MOMENTS:
-            raise ValueError(f"moments={moments!r} is not known; known: {known}")
+            raise ValueError(f"moments={moments!r} is not registered; known: {known}")
         return MOMENTS[moments]()
     if isinstance(moments, Moment):
         if not moments.name:
@@ -141,5 +141,5 @@ def moment_of(moments: object) -> Moment | None:
         return moments
     raise TypeError(
         f"moments={moments!r} is a {type(moments).__name__}; pass a memrewrite.Moment, or the "
-        f"name of a known one ({known})"
+        f"name of a registered one ({known})"
     )
