@@ -25,7 +25,7 @@ from memrewrite.sites.weights import Site, Weight
 from passes.base import Pass
 from passes.joint.find import WeightGradient
 from passes.joint.push import Projected, push_projections, return_projections
-from passes.split.rerun import pushed_operations
+from passes.split.recompute import pushed_operations
 
 
 @dataclass(frozen=True)

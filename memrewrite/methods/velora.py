@@ -31,7 +31,7 @@ from passes.joint.find import WeightGradient
 from passes.joint.fold import fold_reconstruction
 from passes.joint.port import Ported, factored_gradients, return_coordinates
 from passes.joint.velora import compress_saved_inputs
-from passes.split.rerun import freed_operations
+from passes.split.recompute import freed_operations
 
 
 @dataclass(frozen=True)

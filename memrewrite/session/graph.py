@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from memrewrite.compiler.absence import told_of_absence
+from memrewrite.compiler.absence import with_undefined_tangents
 from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
@@ -21,7 +21,7 @@ from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
 from memrewrite.parallel.wrapped import originals, rehearsed
 from memrewrite.record.decision import GraphRecord
-from memrewrite.record.logs import tell
+from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Choice, Part, choose
 
@@ -188,7 +188,7 @@ class Graph:
             bound = [(part, self._bound(variant, choice, part, asks)) for part, asks in asked]
             binding = Binding(variant, choice.names, choice.parameters, bound, choice.foreign)
             self.bindings[key] = binding
-            tell(variant.record, choice.names)
+            log_decisions(variant.record, choice.names)
         return self.bindings[key]
 
     def _bound(self, variant: Variant, choice: Choice, part: Part, asks: Sequence[Ask]) -> Bound:
@@ -236,7 +236,7 @@ class Graph:
                 observed = part, positions
         request = self._request(len(args), asked)
         compiled, record = capture(gm, args, request, self.setting.engine)
-        compiled = told_of_absence(compiled, [*record.absent])
+        compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed)
 
     def _uncompiled(self) -> Variant:
