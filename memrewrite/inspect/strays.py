@@ -138,14 +138,14 @@ def _look(optimizer: Optimizer, key: tuple[int, int], before: _Known | None) -> 
 def _went_around(stepped: _Stepped, session: Session) -> None:
     model = session.model()
     compiled = session.calls.called and not session.calls.total  # what runs it is not its call
-    if model is None or compiled or "around" in session.calls.told:
+    if model is None or compiled or "around" in session.calls.warned:
         return
     if not _moved(model.parameters()):
         return
     stepped.quiet += 1
     if session.calls.total and stepped.quiet < QUIET:
         return  # two optimizers may step after one call
-    session.calls.told.add("around")
+    session.calls.warned.add("around")
     name = type(model).__name__
     if not session.calls.total:
         told = f"{name} took an optimizer step, but memrewrite's passes never ran on it"
