@@ -22,7 +22,7 @@ saved        what a forward saves for its backward, and who reads it          (r
 recompute    which saved matmul outputs to recompute                          (reads only)
 sums         keep_sums                                                        (exact)
 late         recompute_late                                                   (exact)
-live         which buffers live when                                          (reads only)
+live         which buffers are live when                                      (reads only)
 
 update/: the step of an optimizer on one weight
 adam         hyperparameters_as_inputs, lower_fused_adam                      (exact)

@@ -58,7 +58,7 @@ def test_views_are_counted_once_and_parameters_never() -> None:
     kept = kept_for_backward(graph, 1, free={0})
     assert kept.storages == (node["h"], node["x"], node["y"])
     assert kept.bytes == 4 * (40 + 40 + 30)
-    assert kept.handed[node["h"]] == (node["h"], node["view"])
+    assert kept.views[node["h"]] == (node["h"], node["view"])
     assert kept.named({"h", "tanh_default"}) is node["h"]
     assert kept.named({"nothing"}) is None
     assert kept_for_backward(graph, 1, free={0, 1}).bytes == 4 * (40 + 30)

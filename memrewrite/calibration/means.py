@@ -36,7 +36,7 @@ WAITS = (
 WORDS = {
     OPPOSITE: "no v for {}: {}, so it is ones / sqrt(M). " + NEEDS_NONE,
     FAILED: "no v for {}: calibration runs what their inputs need once more, without gradients; {}"
-    f". v is ones / sqrt(M), and training goes on. {NEEDS_NONE}; or leave them out of sites",
+    f". v is ones / sqrt(M), and training continues. {NEEDS_NONE}; or leave them out of sites",
     SKIPPED: "a batch is left out of the running mean of {}: the input {}. v stays what it was; "
     "further ones are left out silently",
 }

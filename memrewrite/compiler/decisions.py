@@ -87,19 +87,19 @@ def settle(record: GraphRecord, groups: Groups, before: Kept, after: Kept, backw
         entry.after = sum(entry.small_bytes.values()) + (hint(tensor_bytes(x)) if x else 0)
         entry.outcome = "kept" if x else "replaced" if entry.small_bytes else "recomputed"
         mine = set(entry.compressed)
-        entry.kept_by = _reader_names(backward, after.handed[x], served, mine) if x else []
+        entry.kept_by = _reader_names(backward, after.views[x], served, mine) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
     record.formula_before = str(settled(before.bytes, record.symbols))
     record.formula_after = str(settled(after.bytes, record.symbols))
 
 
 def _reader_names(
-    backward: Graph, handed: Sequence[Node], served: dict[str, int], methods: Collection[str]
+    backward: Graph, views: Sequence[Node], served: dict[str, int], methods: Collection[str]
 ) -> list[str]:
     """The readers of an activation in backward, excluding its compression."""
     weights: set[int] = set()
     operations: dict[str, None] = {}
-    for node in readers(backward, handed):
+    for node in readers(backward, views):
         mark = node.meta.get("stands_for")
         if node.name in served:
             weights.add(served[node.name])

@@ -26,7 +26,7 @@ class Vector:
 
     @property
     def tensor(self) -> Tensor:
-        """What a compiled graph is handed."""
+        """The input of a compiled graph."""
         return self.v
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -68,7 +68,7 @@ class Projector:
 
     @property
     def tensor(self) -> Tensor:
-        """What a compiled graph is handed."""
+        """The input of a compiled graph."""
         return self.p
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class Port(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 f"the gradient of {ctx.name} {tuple(ctx.shape)} is to be differentiated "
-                "(create_graph=True), but it is in coordinates, which cannot be; pass "
+                "(create_graph=True), which is not possible in coordinates; pass "
                 "gradients='dense' to memrewrite.VeLoRA or GaLore, or leave the weight out of sites"
             )
         return ProjectedGrad(a, ctx.basis, ctx.shape), None, None

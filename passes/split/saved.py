@@ -20,20 +20,20 @@ from passes.base import base_of, is_view, storage_root, tensor_bytes
 class Kept:
     """The distinct storages that a forward saves, excluding parameters and state."""
 
-    handed: dict[Node, tuple[Node, ...]]  # storage -> the views of it that backward reads
+    views: dict[Node, tuple[Node, ...]]  # storage -> the views of it that backward reads
 
     @property
     def storages(self) -> tuple[Node, ...]:
-        return tuple(self.handed)
+        return tuple(self.views)
 
     @property
     def bytes(self) -> Any:
         """Their total size; symbolic under dynamic shapes."""
-        return sum((tensor_bytes(node) for node in self.handed), 0)
+        return sum((tensor_bytes(node) for node in self.views), 0)
 
     def named(self, names: Collection[str]) -> Node | None:
         """The saved storage of one of these nodes, or None."""
-        for storage, views in self.handed.items():
+        for storage, views in self.views.items():
             if storage.name in names or any(base_of(v).name in names for v in views):
                 return storage
         return None
@@ -43,24 +43,24 @@ def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -
     """The storages of the outputs after `num_outputs`; arguments in `free` are not counted."""
     output = forward.output_node()
     roots: dict[int, Node] = {}
-    handed: dict[Node, tuple[Node, ...]] = {}
+    views: dict[Node, tuple[Node, ...]] = {}
     returned: Any = output.args[0]
     for node in returned[num_outputs:]:
         root = storage_root(node)
         value = root.meta.get("val")
         if isinstance(value, torch.Tensor) and root.meta.get("argument") not in free:
             root = roots.setdefault(value.untyped_storage()._cdata, root)
-            handed[root] = (*handed.get(root, ()), node)
-    return Kept(handed)
+            views[root] = (*views.get(root, ()), node)
+    return Kept(views)
 
 
-def readers(backward: Graph, handed: Collection[Node]) -> Iterator[Node]:
+def readers(backward: Graph, saved: Collection[Node]) -> Iterator[Node]:
     """The nodes of backward that read these saved tensors, directly or through views.
 
-    handed: nodes of the forward or of the backward graph; a saved tensor has one name in both.
+    saved: nodes of the forward or of the backward graph; a saved tensor has one name in both.
     """
-    names = {node.name for node in handed if node.graph is not backward}
-    stack = [node for node in handed if node.graph is backward]
+    names = {node.name for node in saved if node.graph is not backward}
+    stack = [node for node in saved if node.graph is backward]
     if names:
         stack += [n for n in backward.find_nodes(op="placeholder") if n.name in names]
     seen: set[Node] = set()
