@@ -1,4 +1,4 @@
-"""memrewrite: training memory under torch.compile, one line."""
+"""memrewrite: less training memory under torch.compile, by one line of code."""
 
 from memrewrite.api import compile as compile
 from memrewrite.api import load_state_dict as load_state_dict

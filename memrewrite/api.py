@@ -1,4 +1,4 @@
-"""compile(): options -> methods -> session; and its inverse, restore()."""
+"""compile() and its inverse restore(); state_dict() and load_state_dict()."""
 
 from __future__ import annotations
 
@@ -51,24 +51,26 @@ def compile(
 ) -> M:
     """Compile `model` in place so that training it needs less memory; returns `model`.
 
-    The same nn.Module comes back: isinstance, state_dict keys and hooks are untouched,
-    and the rest of the training loop stays as it is. Of a DistributedDataParallel the module
-    inside is compiled: wrap it before or after. Exact rewrites are always on; `velora` adds
-    the approximate ones of arXiv 2405.17991 (see `VeLoRA`), `galore_rank` (short for
-    `galore=GaLore(rank=...)`) those of arXiv 2403.03507 to the stock Adam or AdamW that
-    steps the model's parameters: it is rewritten at its first step. `activations` is another
-    method for what weight gradients read (a `Compressor`, or the name of a registered one), of
-    the weights that velora leaves; `moments` another form of Adam's moments (a `Moment`), of the
-    weights whose state is neither projected nor factored.
-    `mode=`, `options=`, `dynamic=`, `fullgraph=`, `disable=` act as in torch.compile;
-    `backend=` is "inductor" or, to run the rewritten graphs without code generation,
-    "aot_eager". A second call with equal options does nothing. `compile(optimizer)`, for
-    an optimizer over a model compiled with GaLore, does early what its first step does.
+    It stays the same nn.Module: isinstance, state_dict keys, hooks and the training loop do not
+    change. A DistributedDataParallel may wrap the model before or after.
 
-    Raises TypeError for arguments of the wrong kind (a model that torch.compile has
-    already wrapped among them), ValueError for values out of range, sites that match
-    nothing or a second call with other options, and UnsupportedError for what this
-    version cannot do. The model is left as it was.
+    velora: compress saved activations, arXiv 2405.17991; exact rewrites are always on.
+    galore_rank: short for `galore=GaLore(rank=...)`: project the state of torch's Adam or AdamW,
+        arXiv 2403.03507. The optimizer is rewritten at its first step.
+    activations: another method for activations that weight gradients read (a `Compressor`, or
+        the name of a registered one), for the weights that velora does not select.
+    moments: a storage format for Adam's moments (a `Moment`), for the weights whose state is
+        neither projected nor factored.
+    mode, options, dynamic, fullgraph, disable: as in torch.compile.
+    backend: "inductor", or "aot_eager" to run the rewritten graphs without code generation.
+
+    A second call with equal options does nothing. `compile(optimizer)`, for an optimizer over a
+    model compiled with GaLore, attaches it before its first step.
+
+    Raises TypeError for arguments of a wrong type (or a model wrapped by torch.compile),
+    ValueError for values out of range, sites that match nothing or a second call with other
+    options, and UnsupportedError for what this version does not support. The model is then
+    unchanged.
     """
     if isinstance(model, Optimizer):
         hook.attach(model)
@@ -138,13 +140,12 @@ def restore(model: N) -> N:
 
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What memrewrite holds for this model, as plain tensors.
+    """The state that memrewrite keeps for this model, as plain tensors.
 
     `velora.v.<weight>` (M,), and with GaLore(gradients="coordinates") `galore.p.<weight>`
     (side, r), the projector of the next gradient, or, where a refresh is next,
-    `galore.warm.<weight>` or `galore.cold.<weight>` (other side, r + 16). Empty until the first
-    training step. A model whose parts were compiled one by one has `<path>/` before the keys of
-    each.
+    `galore.warm.<weight>` or `galore.cold.<weight>` (other side, r + 16). Empty before the first
+    training step. If submodules were compiled separately, the keys of each begin with `<path>/`.
     """
     own = known_session(model)
     if own is not None:
@@ -154,9 +155,9 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put back what `state_dict` returned; a loaded v is not calibrated again.
+    """Restore what `state_dict` returned; a loaded v is not calibrated again.
 
-    Raises ValueError, leaving the state as it was, where names or sizes differ.
+    Raises ValueError, changing nothing, where names or sizes differ.
     """
     own = known_session(model)
     if own is not None:
@@ -243,7 +244,7 @@ def _check_sites(model: nn.Module, method: Method) -> None:
 
 
 def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
-    """The names of what is projected. Raises ValueError where that is nothing."""
+    """The names of the projected weights. Raises ValueError if there are none."""
     selection = sites_of(model, galore)
     plain = [(w, r) for w, r in selection.plain if w.parameter.requires_grad]  # QLoRA's base is not
     refused = [f"{w.name} {w.shape} ({r})" for w, r in plain if "projected:" in r]

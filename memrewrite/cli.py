@@ -1,4 +1,4 @@
-"""python -m memrewrite: what can be asked from a shell."""
+"""The command line: python -m memrewrite."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from memrewrite.predict.estimate import Estimate, by_depth, estimate
 from memrewrite.predict.trace import trace
 
 DEPTHS = (8, 12, 16)
-DEEP = 24  # a stack that is deeper is estimated from lower ones
+DEEP = 24  # layers: a deeper model is estimated from shallower ones
 PROBLEMS = (UnsupportedError, ValueError, TypeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 2 for a request that cannot be honoured."""
+    """The console script. Returns the exit status: 2 for a request that is not supported."""
     parser = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"]:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refusing(command: str, work: Callable[[], int]) -> int:
-    """2, and one line, for what cannot be done."""
+    """Run `work`; print an error as one line, and return 2."""
     try:
         return work()
     except PROBLEMS as error:
@@ -59,7 +59,7 @@ def _bench(words: list[str]) -> int:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(ours, the script's): what follows the script that `dump` is to run belongs to it."""
+    """(our arguments, the script's): what follows the script of `dump` belongs to it."""
     if argv[:1] == ["dump"]:
         for index, word in enumerate(argv):
             if word.endswith(".py"):
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     guess.add_argument("--fit", metavar="MEMORY", help="the largest batch, as in --fit 24GiB")
     guess.add_argument("--whole", action="store_true", help="never estimate a deep stack by lower")
     guess.add_argument("--json", action="store_true", help="print data instead of a table")
-    told = commands.add_parser("report", help="what would be rewritten in a model, and why not")
-    _add_arguments(told)
-    told.add_argument("--full", action="store_true", help="a row for every weight, none folded")
+    report = commands.add_parser("report", help="what would be rewritten in a model, and why not")
+    _add_arguments(report)
+    report.add_argument("--full", action="store_true", help="a row for every weight, none folded")
     dump = commands.add_parser(
         "dump", help="run a script and dump its compiled models, or dump a model without running"
     )
@@ -147,7 +147,7 @@ def _whole(arguments: argparse.Namespace, dynamic: bool) -> Estimate:
 
 
 def _by_depth(arguments: argparse.Namespace) -> Estimate | None:
-    """Of a deep stack of like layers, from three lower stacks; None where that is no shortcut."""
+    """The estimate of a deep model by extrapolation from three shallower ones; None if not deep."""
     depth = _depth(arguments)
     if depth is None or depth <= DEEP or arguments.whole:
         return None
@@ -176,7 +176,7 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def _dump_script(arguments: argparse.Namespace) -> int:
-    """Run a script as `python SCRIPT ARGS` would, with the environment's request for dumps."""
+    """Run a script as `python SCRIPT ARGS` would, with dumps requested by the environment."""
     os.environ[autodump.VARIABLE] = str(Path(arguments.out).resolve())
     before, path = sys.argv, sys.path[0]
     sys.argv = [arguments.model, *arguments.theirs]
@@ -199,7 +199,7 @@ def _dump_script(arguments: argparse.Namespace) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> None:
-    """The flags that describe a model, its inputs and what is to be rewritten."""
+    """Add the flags for a model, its inputs and the options of `compile`."""
     what = "a script.py, or " if script else ""
     parser.add_argument(
         "model",
@@ -223,7 +223,7 @@ def _add_arguments(parser: argparse.ArgumentParser, script: bool = False) -> Non
 
 
 def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model that the flags describe, compiled with the options they ask for, and inputs."""
+    """(model, args, kwargs) for the flags; the model is compiled with their options."""
     name = arguments.hf_config or arguments.model
     if not name:
         raise ValueError("name a model: a config.json, a known shape, or module:function")
@@ -248,7 +248,7 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
 
 
 def _depth(arguments: argparse.Namespace) -> int | None:
-    """The layers of a model whose depth is a number in its config; None for any other."""
+    """The number of layers in a model's config; None if it has none."""
     name = arguments.hf_config or arguments.model
     if ":" in name or not name:
         return None

@@ -1,4 +1,4 @@
-"""What memrewrite raises and warns."""
+"""The errors and warnings of memrewrite."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 
 
 class UnsupportedError(RuntimeError):
-    """The request is well formed, but this version cannot honour it."""
+    """The request is well formed, but this version does not support it."""
 
 
 class MemrewriteWarning(UserWarning):
-    """Training stays correct, but something that was asked for did not happen."""
+    """Training stays correct, but something that was requested did not happen."""
 
 
 def warn(message: str) -> None:
-    """A MemrewriteWarning, at the caller's caller."""
+    """Give a MemrewriteWarning, located at the caller's caller."""
     warnings.warn(message, MemrewriteWarning, stacklevel=3)

@@ -1,3 +1,3 @@
-"""The version, for the package and for what it writes."""
+"""The version of the package, also written into its files."""
 
 __version__ = "0.1.0"

@@ -1,17 +1,16 @@
-"""What a pass is, and the few graph verbs that every pass needs.
+"""What a pass is, and the graph functions that all passes use.
 
 A pass edits one functional joint graph (forward and backward in one `fx.Graph`).
-Before any pass runs, whoever owns the graph writes three facts into `meta`, so that
-no pass needs to know how the graph was traced:
+Before the first pass, the caller records in `meta` what passes need to know of the trace:
 
     placeholder.meta["argument"]    position of this input among the program's arguments
-    placeholder.meta["tangent"]     True on the incoming gradients
-    placeholder.meta["output"]      of these: the output it is the gradient of; else None
+    placeholder.meta["tangent"]     True on tangents (the gradients of the program's outputs)
+    placeholder.meta["output"]      of a tangent: the output it is the gradient of; else None
     output.meta["gradient_of"]      per output: the argument it is the gradient of, or None
 
-Invariants that a pass keeps: the graph stays functional; every node has a true
-`meta["val"]`; no output starts to alias what it did not alias before; a pass that
-finds nothing changes nothing; running it twice is running it once.
+Every pass keeps these invariants: the graph is functional; every node has a correct
+`meta["val"]`; no output aliases what it did not alias before; a pass that matches
+nothing changes nothing; a pass is idempotent.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ IN_PLACE = (
     torch.ops.higher_order.auto_functionalized
 )  # (op, **operands): (result, what it wrote...)
 
-OTHER_VALUES = {  # views whose values are others, or not each of their memory's once
+OTHER_VALUES = {  # views that change values, or do not hold each value of the storage once
     aten.as_strided.default,
     aten._conj.default,
     aten._neg_view.default,
@@ -54,31 +53,31 @@ PROVENANCE = (
 
 @dataclass(frozen=True)
 class StandsFor:
-    """The mark on every node of a compression: of which method, and in place of which memory.
+    """The mark on every node of a compression: its method, and the activation it replaces.
 
-    kept: on the nodes that backward may keep; not on those that they are computed by.
+    kept: True on a node that may be saved for backward, False on intermediate values.
     """
 
     method: str
-    storage: str  # the name of the node whose memory it is
+    storage: str  # the name of the activation's node, its `base_of`
     kept: bool = False
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One named rewrite of a joint graph; two passes are equal if their keys are."""
+    """One named rewrite of a graph; equality compares all but rewrite and identity."""
 
     name: str
     rewrite: Callable[[GraphModule], None] = field(compare=False, repr=False)
-    exact: bool  # the same function over the reals; False changes the gradient
+    exact: bool  # True: the same function over the real numbers; False: gradients change
     key: tuple[Hashable, ...] = ()  # the configuration it was built with
-    identity: str = field(default="", compare=False)  # what makes it legal, in one line
-    drops: bool = False  # an output may become None: another one stands for it
-    changes: frozenset[int] | None = None  # the only arguments whose gradients may change; any
+    identity: str = field(default="", compare=False)  # why it is legal, in one line
+    drops: bool = False  # an output may become None where another one replaces it
+    changes: frozenset[int] | None = None  # arguments whose gradients may change; None: all
 
 
 def copy_graph(graph: Graph) -> Graph:
-    """The same nodes under the same names, each with a `meta` dictionary of its own."""
+    """A copy of a graph: the same node names, and a shallow copy of each node's `meta`."""
     copied, nodes = Graph(), dict[Node, Node]()
     result = copied.graph_copy(graph, nodes, return_output_node=True)
     assert isinstance(result, tuple)  # a traced graph always has an output
@@ -99,14 +98,14 @@ def arguments(graph: Graph) -> dict[int, Node]:
 
 
 def backward_nodes(graph: Graph) -> set[Node]:
-    """Every node that depends on an incoming gradient."""
+    """Every node that depends on a tangent."""
     return _reached_from(
         graph, (n for n in graph.find_nodes(op="placeholder") if n.meta.get("tangent"))
     )
 
 
 def batch_nodes(graph: Graph, weights: Iterable[int]) -> set[Node]:
-    """Every node that depends on an argument which is neither weight nor tangent."""
+    """Every node that depends on an argument other than `weights`."""
     fixed = set(weights)
     return _reached_from(
         graph, (n for position, n in arguments(graph).items() if position not in fixed)
@@ -122,20 +121,20 @@ def _reached_from(graph: Graph, start: Iterable[Node]) -> set[Node]:
 
 
 def operand(node: Node, index: int) -> Node:
-    """An argument that is known to be a node."""
+    """`node.args[index]`, which must be a node."""
     value = node.args[index]
     assert isinstance(value, Node), f"{node.name} has {value!r} where a node was expected"
     return value
 
 
 def is_alias(node: Node) -> bool:
-    """True for a view or a part of its operand's memory."""
+    """True where the value shares its operand's storage: a view or a slice of it."""
     target = node.target
     return target is aten._unsafe_view.default or getattr(target, "is_view", False)
 
 
 def is_view(node: Node) -> bool:
-    """True for a view that has all values of its operand, each once."""
+    """True for a view that holds every value of its operand exactly once."""
     if not is_alias(node) or node.target in OTHER_VALUES:
         return False
     value, source = node.meta.get("val"), operand(node, 0).meta.get("val")
@@ -144,21 +143,21 @@ def is_view(node: Node) -> bool:
     return value.dtype == source.dtype and str(value.numel()) == str(source.numel())
 
 
-def storage_of(node: Node) -> Node:
-    """The node whose values `node` is a view of: all of them, each once."""
+def base_of(node: Node) -> Node:
+    """`node` without its views, as long as each holds every value exactly once."""
     while is_view(node):
         node = operand(node, 0)
     return node
 
 
 def stands_for(node: Node) -> StandsFor | None:
-    """The mark of a node that backward may keep in place of an activation."""
+    """The mark of a node that may be saved for backward in place of an activation, or None."""
     mark: StandsFor | None = node.meta.get("stands_for")
     return mark if mark is not None and mark.kept else None
 
 
-def memory_of(node: Node) -> Node:
-    """The node whose memory this one lies in: a view, a part, or what was written over it."""
+def storage_root(node: Node) -> Node:
+    """The node that allocated the storage of `node`, through views, slices and writes in place."""
     while True:
         source = operand(node, 0) if node.target is getitem else node
         if is_alias(node) or is_alias(source):
@@ -170,24 +169,24 @@ def memory_of(node: Node) -> Node:
 
 
 def adds_present(node: Node) -> bool:
-    """True for g <- g + t, done only where t has memory."""
+    """True for g <- g + t, which is skipped where the storage of t is empty."""
     return node.target is IN_PLACE and node.args[0] is add_present
 
 
 def is_transpose(node: Node) -> bool:
-    """True for the transposition of a matrix."""
+    """True for the transpose of a matrix."""
     return node.target is aten.t.default or (
         node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
     )
 
 
 def value_key(node: Node) -> Hashable:
-    """Equal for nodes that hold equal values: one root under the same views and casts.
+    """Equal for nodes that hold equal values: one base under the same views and casts.
 
-    Legal because a view is determined by its memory and its geometry; each view that
-    q, k and v take of one input is a node of its own until common subexpressions merge.
+    Legal because storage, shape, strides and offset determine a view. Needed because q, k and v
+    each have their own view of one input until common subexpressions are eliminated.
     """
-    base, value = storage_of(node), node.meta["val"]
+    base, value = base_of(node), node.meta["val"]
     geometry = (str(value.shape), str(value.stride()), str(value.storage_offset()))
     if base.target in CASTS:
         return (value_key(operand(base, 0)), str(value.dtype), geometry)
@@ -195,9 +194,9 @@ def value_key(node: Node) -> Hashable:
 
 
 def call(like: Node, target: Any, *args: Any, shaped: Callable[..., Any] | None = None) -> Node:
-    """A new node as early as its operands allow, its provenance copied from `like`.
+    """A new node right after its last operand, with the provenance of `like`.
 
-    `shaped` infers the value in place of `target`, where that would fix a dynamic size.
+    `shaped` computes the fake value in place of `target`, where that would guard a dynamic size.
     """
     graph = like.graph
     operands: list[Node] = []
@@ -217,7 +216,7 @@ def call(like: Node, target: Any, *args: Any, shaped: Callable[..., Any] | None 
 
 
 def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node right before another: for graphs in which the order of writes counts."""
+    """A new node right before another one: for graphs with writes, whose order matters."""
     graph = before.graph
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs)
@@ -237,22 +236,22 @@ def _inherit(node: Node, like: Node) -> None:
 
 
 def widened(before: Node, node: Node) -> Node:
-    """`node` in the dtype that torch's optimizers compute in: float32 at least."""
+    """`node` in float32 if it is bfloat16 or float16, as torch's fused optimizers compute."""
     low = node.meta["val"].dtype in (torch.bfloat16, torch.float16)
     return insert(before, CONVERT, node, torch.float32) if low else node
 
 
 def size(like: Node, node: Node, dim: int) -> int | Node:
-    """A size as an operand: a number, or under dynamic shapes the node that reads it.
+    """A size as an operand: an int, or a `sym_size` node under dynamic shapes.
 
-    Never -1: inferring a dynamic size would fix it, and so recompile for every other.
+    Never -1: inferring a dynamic size would guard it, and recompile for every other size.
     """
     known = fixed(node.meta["val"].shape[dim])
     return call(like, aten.sym_size.int, node, dim) if known is None else known
 
 
 def fixed(length: int | torch.SymInt) -> int | None:
-    """A size that is the same in every run, or None; asks without installing a guard."""
+    """A static size, or None for a dynamic one; installs no guard."""
     return length if isinstance(length, int) else length.node.maybe_as_int()
 
 

@@ -1,4 +1,4 @@
-"""Put what a function of tensors does into a graph, as the operations that it comes to."""
+"""Trace a function of tensors, and insert the operations of the trace into a graph."""
 
 from __future__ import annotations
 
@@ -26,20 +26,18 @@ def emit(
     decompositions: Decompositions = NONE,
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Node]:
-    """The results of function(*operands[, sizes]), as early as its operands allow.
+    """The nodes of function(*operands[, sizes]), inserted right after the last operand.
 
-    sizes: numbers, and nodes that compute one under dynamic shapes. meta: of every new node.
-    Raises TypeError, naming `who`, for a function that fails, writes, reads constants or values,
-    or returns anything but tensors.
+    sizes: ints, or nodes under dynamic shapes. meta: copied to every new node.
+    Raises TypeError, naming `who`, where tracing fails, and where the function writes to its
+    operands, reads constant tensors, or returns anything but tensors.
     """
     read = [*operands, *(n for n in sizes if isinstance(n, Node))]
     try:
         traced = _traced(function, operands, sizes, decompositions)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
-        raise TypeError(
-            f"{who} could not be traced on tensors without memory: {failure}"
-        ) from error
+        raise TypeError(f"{who} could not be traced on fake tensors: {failure}") from error
     place = dict(zip(traced.find_nodes(op="placeholder"), read, strict=True))
     after = max(read)
     while after.op == "placeholder" and after.next.op == "placeholder":
@@ -55,12 +53,12 @@ def emit(
     returned: Any = traced.output_node().args[0]
     found = returned if isinstance(returned, list | tuple) else [returned]
     if not found or not all(isinstance(n, Node) and _is_tensor(n) for n in found):
-        raise TypeError(f"{who} returned {returned!r}: not a tensor, nor several")
+        raise TypeError(f"{who} returned {returned!r}, not a tensor or a list of tensors")
     return [place[n] for n in found]
 
 
 def provenance_of(node: Node) -> dict[str, Any]:
-    """The `meta` that a node computed for another one inherits."""
+    """The part of `node.meta` that a node computed in its place inherits."""
     return {key: node.meta[key] for key in PROVENANCE if key in node.meta}
 
 
@@ -70,7 +68,7 @@ def _traced(
     sizes: Sequence[int | Node],
     decompositions: Decompositions,
 ) -> Graph:
-    """Its graph, on the fake tensors of its operands."""
+    """The graph of `function`, traced on the fake tensors of its operands."""
     count = len(operands)
 
     def flat(*values: Any) -> Any:
@@ -89,9 +87,9 @@ def _traced(
 def _check(who: str, node: Node) -> None:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function":
-        raise TypeError(f"{who} reads a constant tensor: make it by torch.full or torch.arange")
+        raise TypeError(f"{who} reads a constant tensor: create it by torch.full or torch.arange")
     if schema is not None and schema.is_mutable:
-        raise TypeError(f"{who} writes to what it is handed ({node.target})")
+        raise TypeError(f"{who} writes to its operands ({node.target})")
 
 
 def _is_tensor(node: Node) -> bool:

@@ -6,7 +6,7 @@
     galore_project_back(z, P)     permute? -> mm
 
 Identity: the definitions in `passes.ops`, op by op; steps marked ? are left out where
-they do nothing. The nodes that hold z and x P keep their marks.
+they do nothing. The nodes of z and x P keep their `StandsFor` marks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from passes.ops import galore_project, galore_project_back, velora_compress, vel
 
 
 def lower_ir_ops() -> Pass:
-    """Replace every memrewrite op by the aten ops that define it."""
+    """Replace every IR op by the aten ops that define it."""
 
     def rewrite(gm: GraphModule) -> None:
         for op, lowered in LOWERED.items():
@@ -37,7 +37,7 @@ def lower_ir_ops() -> Pass:
 def _compress(node: Node) -> Node:
     x, v = operand(node, 0), operand(node, 1)
     m, features = fixed(v.meta["val"].shape[0]), fixed(x.meta["val"].shape[1])
-    assert m is not None and features is not None  # find takes no other
+    assert m is not None and features is not None  # passes.joint.find matches static sizes only
     if features % m:
         padding = [0, -features % m]
         x = call(node, aten.constant_pad_nd.default, x, padding, shaped=_padded)  # (N, G*M)
@@ -56,9 +56,9 @@ def _reconstruct(node: Node) -> Node:
     column = call(node, aten.unsqueeze.default, _cast(node, z, v), -1)
     outer = _cast(node, call(node, aten.mul.Tensor, column, v), node)  # (N, G, M)
     m = fixed(v.meta["val"].shape[0])
-    assert m is not None and isinstance(features, int)  # find takes no other
+    assert m is not None and isinstance(features, int)  # passes.joint.find: static sizes only
     padded = -(-features // m) * m
-    rows = aten.reshape if is_transpose(z) else aten.view  # products lie in memory as z does
+    rows = aten.reshape if is_transpose(z) else aten.view  # the products have the strides of z
     flat = call(node, rows.default, outer, [size(node, z, 0), padded])  # (N, G*M)
     if padded == features:
         return flat

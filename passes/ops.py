@@ -1,8 +1,8 @@
-"""The IR ops of the rewrites, each a few lines of mathematics with a name.
+"""The IR ops: named operations that passes match, and that `passes.lower` replaces by aten.
 
-They stand in the joint graph between `compress` and `lower`, so that every pass and
-every dump can see them; no compiled program contains them. They are inserted after
-differentiation, so they have no gradient of their own.
+They are in the graph between the pass that inserts them and the lowering, so that passes
+and dumps can name them; no compiled program contains them. They are inserted after
+differentiation, so that, but for attach, they need no gradient formula.
 
 With unit v in R^M, G = ceil(D / M), and x padded with zeros up to G * M channels:
 
@@ -21,12 +21,10 @@ With P of r orthonormal columns, from the left or the right of an (O, D) gradien
 Each is the transpose of the other, and project(project_back(Z)) = Z.
 Source: Zhao et al. 2024, arXiv:2403.03507, equations 11 and 12 (one side at a time).
 
-add_present(g, t)        g <- g + t, or g where t has no memory: it stands for zeros
-
-hold(z) is z: it stands between what a forward keeps and what backward makes of it
-
-attach(y, ports) is y: it makes y depend on inputs whose gradient is to be something small,
-which a pass then puts in place of the zeros that differentiation gives them.
+add_present(g, t)   g <- g + t; g is left as it is where the storage of t is empty (a zero t)
+hold(z)             z; keeps a compiler from simplifying across the compressed activation
+attach(y, ports)    y; makes y depend on inputs, so that autograd returns gradients for them.
+                    A pass replaces these gradients, which are zeros, by small ones.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
 
 
 def reconstruct(z: Tensor, v: Tensor, features: int) -> Tensor:
-    """The rank-1 reading of z: (N, G), (M,) -> (N, features)."""
+    """z (x) v, without the padding: (N, G), (M,) -> (N, features)."""
     outer = z.to(v.dtype).unsqueeze(-1) * v  # (N, G, M)
     return outer.to(z.dtype).flatten(1)[:, :features].clone()  # (N, D)
 
@@ -60,27 +58,27 @@ def _reconstruct_shape(z: Tensor, v: Tensor, features: int) -> Tensor:
 
 
 def project(g: Tensor, p: Tensor, left: bool) -> Tensor:
-    """A gradient in P's coordinates."""
+    """The gradient g (O, D) in the coordinates of P: (r, D) if left, else (O, r)."""
     return p.t() @ g if left else g @ p
 
 
 def project_back(z: Tensor, p: Tensor, left: bool) -> Tensor:
-    """What those coordinates stand for, (O, D)."""
+    """The transpose of `project`: coordinates back to (O, D)."""
     return p @ z if left else z @ p.t()
 
 
 def attach(y: Tensor, ports: list[Tensor]) -> Tensor:
-    """y, in memory of its own."""
+    """A copy of y: an op must not return its input."""
     return y.clone()
 
 
 def held(z: Tensor) -> Tensor:
-    """z, in memory of its own."""
+    """A copy of z: an op must not return its input."""
     return z.clone()
 
 
 def add_in_place(g: Tensor, t: Tensor) -> None:
-    """g <- g + t, unless t has no memory."""
+    """g <- g + t, unless the storage of t is empty."""
     if t.untyped_storage().nbytes():
         g.add_(t)
 

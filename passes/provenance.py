@@ -1,4 +1,4 @@
-"""Where a node comes from in the user's program.   (reads only)"""
+"""The module and the line of the user's program that a node comes from.   (reads only)"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INDEX = re.compile(r"_modules\['([^']+)'\]|\[(?:'([^']+)'|(\d+))\]")
 
 
 def module_of(node: Node) -> str:
-    """The module whose forward made the node, or that its gradient belongs to; "" for none."""
+    """The path of the module that computed the node, in forward or backward; "" for none."""
     for key in ("nn_module_stack", "fwd_nn_module_stack"):
         stack = node.meta.get(key)
         if stack:
@@ -23,14 +23,14 @@ def module_of(node: Node) -> str:
 
 
 def source_of(node: Node) -> str:
-    """The user's line of code, without its file; "" where tracing kept none."""
+    """The source line that computed the node, without its file; "" where none is known."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     code = [line for line in lines if line and not line.startswith(NO_CODE)]
     return code[-1] if code else ""
 
 
 def operation_of(node: Node) -> str:
-    """The name of what a node computes, as users write it: "mm", "embedding"; "argument"."""
+    """The name of a node's operation without overload: "mm"; "argument" for a placeholder."""
     if node.op == "placeholder":
         return "argument"
     target = getattr(node.target, "overloadpacket", node.target)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import memrewrite
-from memrewrite.compiler.absence import told_of_absence
+from memrewrite.compiler.absence import with_undefined_tangents
 from memrewrite.compiler.backend import Engine
 from memrewrite.compiler.pipeline import run
 from memrewrite.compiler.sizes import hint
@@ -343,7 +343,9 @@ def test_an_output_that_only_autograd_sees_keeps_its_zeros() -> None:
             return gradients[0] + 2 * gradients[1]
 
     x = torch.randn(3, requires_grad=True)
-    one = told_of_absence(lambda x: [Hidden.apply(x)[0]], [0])(x)[0]  # its second one is hidden
+    one = with_undefined_tangents(lambda x: [Hidden.apply(x)[0]], [0])(x)[
+        0
+    ]  # its second one is hidden
     one.sum().backward()
     assert torch.equal(x.grad, torch.ones(3))
 

@@ -189,7 +189,7 @@ def test_who_beats_whom(rows: list[dict[str, Any]]) -> None:
     assert budget.best is not None and budget.best["name"] == "velora-all-16"
     assert budget.exact is not None and budget.exact["name"] == "memrewrite"
     assert found["torch.compile+checkpointing"].best is None
-    assert "no memrewrite configuration" in pareto.told(found["torch.compile+checkpointing"])
+    assert "no memrewrite configuration" in pareto.line_of(found["torch.compile+checkpointing"])
     names = [r["name"] for r in pareto.front(rows)]
     assert names == ["velora-all-16", "torch.compile+checkpointing"]
 
@@ -245,7 +245,7 @@ def test_pairs_are_compared_run_by_run() -> None:
     for row, end in ((full, 4.2), (small, 4.5)):
         for run in row["runs"]:
             run["losses"] = [6.0, end]
-    (line,) = pairs.told([trained("torch.compile", {(1e-3, 0): 4.0}), full, small])
+    (line,) = pairs.lines_of([trained("torch.compile", {(1e-3, 0): 4.0}), full, small])
     assert line.startswith("`galore+pushed` beside `galore`, 2 runs")
     assert "by 0.3 nats" in line and "-1.00% to +0.50%" in line
 
@@ -486,4 +486,4 @@ def test_bad_requests(
 def test_results_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bench.json").write_text(json.dumps({"request": {}, "rows": []}))
     assert main(["bench", "--output", str(tmp_path)]) == 2
-    assert "holds results already" in capsys.readouterr().err
+    assert "has results already" in capsys.readouterr().err

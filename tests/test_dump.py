@@ -400,7 +400,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
     model(torch.randn(3, 2)).sum().backward()
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="something else than a dump"):
+    with pytest.raises(FileExistsError, match="something other than a dump"):
         memrewrite.dump(model, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         memrewrite.dump(model, tmp_path / "mine.txt")

@@ -241,7 +241,7 @@ class Looking(BF16):
     [
         (Short(), r"short\.reconstruct returned float32\[6, 31\] in place of float32\[6, 32\]"),
         (Narrow(), r"narrow\.reconstruct returned bfloat16"),
-        (Writing(), r"writing writes to what it is handed"),
+        (Writing(), r"writing writes to its operands"),
         (Failing(), r"out of ideas"),
         (Nothing(), r"nothing returned None"),
         (Constant(), r"constant reads a constant tensor"),

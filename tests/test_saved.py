@@ -1,4 +1,4 @@
-"""What a forward keeps, who reads it, and which matmuls are worth rerunning."""
+"""What a forward saves, who reads it, and which matmuls are worth recomputing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch.fx import Graph, Node
 
 from memrewrite.compiler.sizes import hint
 from passes.base import aten, call
-from passes.split.rerun import choose_reruns, freed_operations, operations, pushed_operations
+from passes.split.recompute import (
+    choose_recomputes,
+    freed_operations,
+    operations,
+    pushed_operations,
+)
 from passes.split.saved import exclusive_inputs, kept_for_backward, readers
 
 
@@ -53,7 +58,7 @@ def test_views_are_counted_once_and_parameters_never() -> None:
     kept = kept_for_backward(graph, 1, free={0})
     assert kept.storages == (node["h"], node["x"], node["y"])
     assert kept.bytes == 4 * (40 + 40 + 30)
-    assert kept.handed[node["h"]] == (node["h"], node["view"])
+    assert kept.views[node["h"]] == (node["h"], node["view"])
     assert kept.named({"h", "tanh_default"}) is node["h"]
     assert kept.named({"nothing"}) is None
     assert kept_for_backward(graph, 1, free={0, 1}).bytes == 4 * (40 + 30)
@@ -77,8 +82,8 @@ def test_inputs_that_only_z_needs() -> None:
     assert exclusive_inputs(graph, z) == [big]
 
 
-def rerun(graph: Graph, budget: float, costly: tuple[Any, ...] = ()) -> list[str]:
-    chosen = choose_reruns(
+def recomputed(graph: Graph, budget: float, costly: tuple[Any, ...] = ()) -> list[str]:
+    chosen = choose_recomputes(
         kept_for_backward(graph, 1, free={0}),
         graph.nodes,
         budget,
@@ -89,7 +94,7 @@ def rerun(graph: Graph, budget: float, costly: tuple[Any, ...] = ()) -> list[str
     return [n.name for n in chosen]
 
 
-def test_reruns_stay_within_the_budget_and_rebuild_without_matmuls() -> None:
+def test_recomputes_stay_within_the_budget_and_need_no_other_matmul() -> None:
     b = Builder()
     w, x = b.place("w", 8, 8), b.place("x", 5, 8)
     h = b.op(aten.sin.default, x)
@@ -99,13 +104,13 @@ def test_reruns_stay_within_the_budget_and_rebuild_without_matmuls() -> None:
     graph = b.returns(lost, x, cheap, deep, lost)
     cost = 2 * 5 * 8 * 8
     assert operations(cheap) == cost
-    assert rerun(graph, cost - 1) == []
-    assert rerun(graph, cost) == [cheap.name]
-    assert rerun(graph, 10 * cost) == [cheap.name, deep.name]
-    assert rerun(graph, 10 * cost, costly=(aten.sin.default,)) == [deep.name]
+    assert recomputed(graph, cost - 1) == []
+    assert recomputed(graph, cost) == [cheap.name]
+    assert recomputed(graph, 10 * cost) == [cheap.name, deep.name]
+    assert recomputed(graph, 10 * cost, costly=(aten.sin.default,)) == [deep.name]
 
 
-def test_a_linear_is_rerun_in_all_layers_or_in_none() -> None:
+def test_a_linear_is_recomputed_in_all_layers_or_in_none() -> None:
     b = Builder()
     w, x = b.place("w", 8, 8), b.place("x", 5, 8)
     ys = [b.op(aten.mm.default, b.op(aten.sin.default, x), w) for _ in range(3)]
@@ -113,27 +118,27 @@ def test_a_linear_is_rerun_in_all_layers_or_in_none() -> None:
         y.meta["nn_module_stack"] = {"": (f"L['self'].layers.{layer}.up_proj", None)}
     graph = b.returns(ys[0], x, *ys)
     cost = 3 * 2 * 5 * 8 * 8
-    assert rerun(graph, cost - 1) == []
-    assert rerun(graph, cost) == [y.name for y in ys]
+    assert recomputed(graph, cost - 1) == []
+    assert recomputed(graph, cost) == [y.name for y in ys]
 
 
-def test_a_linear_that_is_kept_in_few_of_its_layers_is_not_rerun_there() -> None:
+def test_a_linear_that_is_saved_in_few_of_its_layers_is_not_recomputed_there() -> None:
     b = Builder()
     w, x = b.place("w", 8, 8), b.place("x", 5, 8)
     ys = [b.op(aten.mm.default, b.op(aten.sin.default, x), w) for _ in range(5)]
     for layer, y in enumerate(ys):
         y.meta["nn_module_stack"] = {"": (f"L['self'].layers.{layer}.o_proj", None)}
     graph = b.returns(ys[0], x, *ys[:2])
-    assert rerun(graph, 1e9) == []
+    assert recomputed(graph, 1e9) == []
     graph.output_node().args = ((ys[0], x, *ys[:3]),)
-    assert rerun(graph, 1e9) == [y.name for y in ys[:3]]
+    assert recomputed(graph, 1e9) == [y.name for y in ys[:3]]
 
 
 def test_an_explicit_checkpoint_policy_is_left_alone() -> None:
     graph, node = forward()
-    assert rerun(graph, 1e9) == [node["y"].name]
+    assert recomputed(graph, 1e9) == [node["y"].name]
     node["y"].meta["recompute"] = "the user's"
-    assert rerun(graph, 1e9) == []
+    assert recomputed(graph, 1e9) == []
 
 
 def test_freed_operations_count_the_narrower_matmul() -> None:

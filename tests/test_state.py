@@ -151,7 +151,7 @@ def test_a_running_mean_resumes() -> None:
     [
         ({"velora.v.nowhere": torch.ones(8)}, "no weight of that name"),
         ({"velora.v.head": torch.ones(4)}, "subtoken_size is 8"),
-        ({"something": torch.ones(8)}, "no entry of a memrewrite state"),
+        ({"something": torch.ones(8)}, "not an entry of a memrewrite state"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, Tensor], words: str) -> None:

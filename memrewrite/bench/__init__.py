@@ -1,7 +1,7 @@
-"""python -m memrewrite bench: what a way of training costs and what it keeps, rivals included.
+"""python -m memrewrite bench: memory, time and loss of ways to train, including other libraries.
 
-A configuration is written as a name of parts (`configurations`), built into a training step
-(`subject`, `optimizers`), and measured in a process of its own (`worker`, `meters`). The
-parent (`cost`, `quality`) interleaves the processes and keeps what they say; `table`,
-`chart`, `pareto` and `page` only read that.
+A configuration is a name made of parts (`configurations`). It is built into a training step
+(`run.subject`, `run.optimizers`), and measured in a separate process (`run.worker`, `run.meters`).
+The parent (`run.cost`, `run.quality`) interleaves the processes and stores their answers
+(`document`), which `show` reads.
 """

@@ -1,4 +1,4 @@
-"""memrewrite bench [train | page]: flags, and what is printed."""
+"""memrewrite bench [train | page]: flags and output."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from memrewrite.bench.show.summary import problems, summarise, summarise_trainin
 from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, loss_table, table
 from memrewrite.predict import models
 
-INTERRUPTED = 130  # what a shell expects after Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C, by convention of shells
 
 
 def main(argv: Sequence[str]) -> int:
-    """What follows `memrewrite bench`. Returns the exit status.
+    """Run the arguments that follow `memrewrite bench`. Returns the exit status.
 
-    Raises ValueError, OSError and ImportError for requests that cannot be honoured.
+    Raises ValueError, OSError and ImportError for requests that are not possible.
     """
     words = list(argv)
     kinds: dict[str, Callable[[list[str]], int]] = {"train": _train, "page": _page}
@@ -60,14 +60,14 @@ def _cost(words: list[str]) -> int:
     asked = _request(given)
     document = Document(given.output, {"kind": "cost", **vars(asked)}, given.resume)
     how = Settings(given.repeats, given.rounds, given.together, given.timeout)
-    with _progress() as (tell, tick, expect):
-        bench = Cost(document, asked, chosen, how, tell, tick)
+    with _progress() as (show, tick, expect):
+        bench = Cost(document, asked, chosen, how, show, tick)
         expect(len(bench.remaining()))
         return _run(bench.run, document, lambda: write(document.data, given.output))
 
 
 def write(data: dict[str, Any], folder: Path) -> None:
-    """The table, as text and Markdown, and the chart, of a document."""
+    """Write the table of a document, as text and Markdown, and its chart."""
     trained = data["request"]["kind"] == "train"
     if trained:
         summarise_training(data)
@@ -78,10 +78,10 @@ def write(data: dict[str, Any], folder: Path) -> None:
     print(f"\n{tabled(rows)}\n\n{legend}\n")
     for line in [*data.get("warnings", ()), *(line for row in rows for line in problems(row))]:
         print(line)
-    for line in pairs.told(rows) if trained else ():
+    for line in pairs.lines_of(rows) if trained else ():
         print(line)
     for verdict in [] if trained else pareto.verdicts(rows):
-        print(pareto.told(verdict).replace("**", ""))
+        print(pareto.line_of(verdict).replace("**", ""))
     (folder / "table.md").write_text(tabled(rows, "github") + "\n")
     draw, name = (chart.losses, "losses.svg") if trained else (chart.pareto, "pareto.svg")
     try:
@@ -114,7 +114,7 @@ def _train(words: list[str]) -> int:
 
 
 def _training(given: argparse.Namespace) -> int:
-    """`bench train`, its flags read."""
+    """Run `bench train` with parsed flags."""
     _check(given)
     try:
         rates = sorted({float(word) for word in given.lrs.split(",")})
@@ -128,8 +128,8 @@ def _training(given: argparse.Namespace) -> int:
     request = {"kind": "train", "steps": given.steps, **vars(asked)}
     document = Document(given.output, request, given.resume)
     how = quality.Settings(given.steps, given.seeds, rates, given.data)
-    with _progress() as (tell, tick, expect):
-        bench = quality.Quality(document, asked, chosen, how, tell, tick)
+    with _progress() as (show, tick, expect):
+        bench = quality.Quality(document, asked, chosen, how, show, tick)
         expect(bench.expected())
         return _run(bench.run, document, lambda: write(document.data, given.output))
 
@@ -140,7 +140,7 @@ def _training(given: argparse.Namespace) -> int:
 def model_flags(
     parser: argparse.ArgumentParser, model: str, batch: int, seq: int, rank: int = 128
 ) -> None:
-    """What is trained."""
+    """Add the flags of the model and its inputs."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -163,7 +163,7 @@ def model_flags(
 
 
 def common_flags(parser: argparse.ArgumentParser, default: str, output: Path) -> None:
-    """Which ways, and where results go."""
+    """Add the flags of the configurations and the output."""
     sets = ", ".join(configurations.SETS)
     parser.add_argument(
         "--configurations",
@@ -171,7 +171,7 @@ def common_flags(parser: argparse.ArgumentParser, default: str, output: Path) ->
         help=f"names, patterns or sets ({sets}, all), by commas (%(default)s)",
     )
     parser.add_argument("--output", type=Path, default=output, help="%(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in --output")
+    parser.add_argument("--resume", action="store_true", help="continue the bench in --output")
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -193,14 +193,14 @@ def _request(given: argparse.Namespace) -> Request:
     model = given.hf_config or given.model
     keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
     asked = Request(model, **{key: getattr(given, key) for key in keys if key in given})
-    if ":" not in model:  # an unknown one is an error now, not in each process
+    if ":" not in model:  # fail now for an unknown one, not in each process
         images = models.takes_images(models.from_config(model))
         return replace(asked, seq=None) if images else asked
     return asked
 
 
 def _run(work: Callable[[], None], document: Document, show: Callable[[], None]) -> int:
-    """Do it; show what there is, whatever happens."""
+    """Run `work`, then `show` the results, also after an error."""
     status = 0
     try:
         work()
@@ -210,7 +210,7 @@ def _run(work: Callable[[], None], document: Document, show: Callable[[], None])
         document.save()
     show()
     if status:
-        print("interrupted; what was complete is kept. The same command with --resume goes on.")
+        print("interrupted; complete runs are saved. The same command with --resume continues.")
     elif all(problems(row) for row in document.data["rows"]):
         status = 1
     return status
@@ -220,7 +220,7 @@ def _run(work: Callable[[], None], document: Document, show: Callable[[], None])
 def _progress() -> Iterator[
     tuple[Callable[[str], None], Callable[[], None], Callable[[int], None]]
 ]:
-    """(say what is being done, one is complete, how many there are to be)."""
+    """Functions of a progress bar: (show a text, count one run, set the number of runs)."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -231,10 +231,10 @@ def _progress() -> Iterator[
         def expect(total: int) -> None:
             bar.reset(total)
 
-        def tell(text: str) -> None:
+        def show(text: str) -> None:
             bar.set_description(text)
 
-        yield tell, bar.update, expect
+        yield show, bar.update, expect
 
 
 # --- the page --------------------------------------------------------------------------

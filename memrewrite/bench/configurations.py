@@ -2,17 +2,17 @@
 
     eager                      no compiler
     torch.compile              the baseline of every ratio
-    memrewrite                 exact rewrites alone
+    memrewrite                 exact rewrites only
     velora-SITES-M             memrewrite with VeLoRA; SITES is auto or all, M the sub-token size
     galore                     memrewrite with GaLore at --rank
-    module:function            your own: called with the model, compiles or wraps it in place
+    module:function            called with the model, which it compiles or wraps in place
 
     activations-NAME           memrewrite with a registered method for activations
     moments-NAME               memrewrite with a registered form of Adam's moments
     dense                      VeLoRA with full-size gradients and moments
     pushed                     GaLore with gradients in the projector's coordinates
     staggered                  GaLore with refreshes spread over all steps
-    checkpointing              of each layer, by the model's own switch
+    checkpointing              of each layer, by the model's method for it
     aggressive                 torch's aggressive_recomputation
     budget-X                   torch's activation_memory_budget=X
     fp8-X                      torch's fp8 pass over saved activations of X MiB and more; fp8 is
@@ -22,12 +22,12 @@
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
                                in place of fused AdamW
     frozen-SITES               those weights get no gradient: a control for `bench train`
-    slowed-SITES-X             AdamW takes X times the step on those weights: another one.
+    slowed-SITES-X             AdamW takes X times the step on those weights: another control.
                                SITES is auto or all, VeLoRA's, or galore, those it projects
     lr-sqrt                    VeLoRA(lr_scale="sqrt"): their steps divided by sqrt(M)
 
-Parts compose: `velora-all-16+checkpointing+galore`. A name that says neither eager nor
-memrewrite is compiled by torch.compile, `checkpointing` alone included.
+Parts compose: `velora-all-16+checkpointing+galore`. A name without eager or a part of
+memrewrite is compiled by torch.compile, such as `checkpointing`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import Any, Literal
 Engine = Literal["eager", "torch.compile", "memrewrite"]
 Controlled = Literal["auto", "all", "galore"]
 BASELINE = "torch.compile"
-OPTIMIZERS = {  # part: what must be installed
+OPTIMIZERS = {  # part -> package that must be installed
     "adamw8bit-torchao": "torchao",
     "adamw8bit-bitsandbytes": "bitsandbytes",
     "adafactor": "torch",
@@ -54,7 +54,7 @@ PARAMETRIC = (
     *("velora-auto-16", "velora-all-16", "budget-0.5", "fp8-2.5", "peft-velora-16"),
     "slowed-auto-0.25",
 )
-# MiB; its own default, 100, leaves the activations of small models alone. With 0 the masks of
+# MiB; torch's default, 100, excludes the activations of small models. With 0 the masks of
 # 8 x 256 tokens (2 MiB) are rounded too, and the gradients of LLaMA and GPT-2 are not finite.
 FP8_FROM = 2.5
 
@@ -63,9 +63,9 @@ FP8_FROM = 2.5
 class Configuration:
     """One row of the table.
 
-    velora: M, or None. budget and the like: torch's own settings. exact: gradients are those
-    of the plain model and the optimizer is Adam's own, so that only cost can differ. slowed: the
-    sites of which, slowdown: by what.
+    velora: M, or None. budget, ...: torch's settings. exact: gradients are those of the plain
+    model and the optimizer is Adam, so that only cost can differ. slowed: the sites with smaller
+    steps, slowdown: their factor.
     """
 
     name: str
@@ -104,23 +104,23 @@ class Configuration:
 
     @property
     def projected(self) -> bool:
-        """The optimizer refreshes all projectors now and then."""
+        """Whether the optimizer refreshes projectors."""
         together = self.galore and not self.staggered
         return together or self.optimizer in ("galore-torch", "apollo-torch")
 
     @property
     def only_training(self) -> bool:
-        """It differs from another one in the loss alone: there is no cost to measure."""
+        """Whether it differs from another one only in the loss, not in its cost."""
         return bool(self.frozen or self.slowed or self.lr_sqrt)
 
     @property
     def baseline(self) -> str:
-        """What its ratios are to."""
+        """The name of the configuration that its ratios refer to."""
         return f"lora+{BASELINE}" if self.lora else BASELINE
 
     @property
     def reference(self) -> str:
-        """Whose gradients are the exact ones."""
+        """The name of the configuration with the exact gradients."""
         return "lora+eager" if self.lora else "eager"
 
     @property
@@ -134,7 +134,7 @@ class Configuration:
 
     @property
     def inductor(self) -> dict[str, Any]:
-        """Of the fp8 pass, which by itself takes bf16 alone."""
+        """Inductor's settings of the fp8 pass, whose default is bf16 only."""
         if self.fp8 is None:
             return {}
         how = {
@@ -146,7 +146,7 @@ class Configuration:
         return {"post_grad_fusion_options": {"activation_quantization_aten_pass": how}}
 
     def missing(self) -> str | None:
-        """The package without which it cannot run, if one is."""
+        """A required package that is not installed, or None."""
         wanted = [OPTIMIZERS.get(self.optimizer, "torch")]
         wanted += ["peft"] if self.lora else []
         return next((package for package in wanted if find_spec(package) is None), None)
@@ -154,7 +154,7 @@ class Configuration:
 
 @dataclass
 class _Reading:
-    """What the parts read so far have said."""
+    """The facts of the parts that are parsed so far."""
 
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -166,7 +166,7 @@ class _Reading:
 
 
 def parse(name: str) -> Configuration:
-    """The configuration of that name. Raises ValueError for a part that means nothing."""
+    """The configuration of that name. Raises ValueError for an unknown part."""
     said = _Reading()
     for part in name.split("+"):
         said.say(part, **_meaning(part))
@@ -311,9 +311,9 @@ SETS: dict[str, Sequence[str]] = {
 
 
 def chosen(text: str) -> list[Configuration]:
-    """Those that a command line names: names, sets, and patterns over all sets, by commas.
+    """Configurations by names, sets, and patterns over all sets, separated by commas.
 
-    Raises ValueError for what is none of these.
+    Raises ValueError for anything else.
     """
     everything = dict.fromkeys(name for names in SETS.values() for name in names)
     found: dict[str, Configuration] = {}

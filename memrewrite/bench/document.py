@@ -1,4 +1,4 @@
-"""What a bench has found so far, on disk after every fact, so that nothing is lost."""
+"""The results of a bench, saved after every measurement, so that none is lost."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ PACKAGES = (
 
 
 class Document:
-    """One JSON file: what was asked, where it ran, and a row a configuration.
+    """One JSON file: the request, the environment, and one row per configuration.
 
-    Raises FileExistsError for results that are there already (resume them, or go
-    elsewhere), ValueError where those to be resumed were asked for differently, OSError
-    where nothing can be written.
+    Raises FileExistsError if there are results already and `resume` is False, ValueError if the
+    results to resume are of another request, OSError where it cannot be written.
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], resume: bool) -> None:
@@ -46,12 +45,12 @@ class Document:
         if self.path.exists():
             if not resume:
                 raise FileExistsError(
-                    f"{self.path} holds results already; pass --resume to go on with them, or "
+                    f"{self.path} has results already; pass --resume to continue them, or "
                     "another --output"
                 )
             self.data = load(self.path)
             _same(self.data["request"], asked, self.path)
-            for row in self.data["rows"]:  # what failed is tried again
+            for row in self.data["rows"]:  # failed runs are repeated
                 row["runs"] = [run for run in row["runs"] if run["error"] is None]
         here = environment(request.get("device", "cpu"))
         if self.data["environment"]:
@@ -61,7 +60,7 @@ class Document:
         self.save()
 
     def row(self, configuration: Configuration) -> dict[str, Any]:
-        """That configuration's, a new one where there is none."""
+        """The row of a configuration, created on first use."""
         for row in self.data["rows"]:
             if row["name"] == configuration.name:
                 return row  # type: ignore[no-any-return]
@@ -78,26 +77,26 @@ class Document:
         return row
 
     def order(self, configurations: Iterable[Configuration]) -> None:
-        """Rows in the order in which they were asked for; others stay, behind them."""
+        """Sort rows into the order of the request; others follow."""
         place = {c.name: i for i, c in enumerate(configurations)}
         self.data["rows"].sort(key=lambda row: place.get(row["name"], len(place)))
 
     def warn(self, message: str) -> None:
-        """Something that no row says; told with the table."""
+        """Add a warning, which is printed with the table."""
         known = self.data.setdefault("warnings", [])
         if message not in known:
             known.append(message)
         self.save()
 
     def save(self) -> None:
-        """At once or not at all."""
+        """Write the file atomically."""
         partial = self.path.with_suffix(".tmp")
         partial.write_text(json.dumps(self.data, indent=1) + "\n")
         partial.replace(self.path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What a Document wrote. Raises ValueError for any other file."""
+    """Read a file that a Document wrote. Raises ValueError for any other file."""
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -108,7 +107,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def title(data: Mapping[str, Any]) -> str:
-    """One line: what was measured, and on what."""
+    """One line: the measured step, the model, the size and the device."""
     asked = data["request"]
     what = "Training" if asked["kind"] == "train" else "A training step of"
     vocab = f", vocabulary {asked['vocab']}" if asked["vocab"] else ""
@@ -121,17 +120,17 @@ def title(data: Mapping[str, Any]) -> str:
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    def unlike(key: str) -> bool:  # a flag that older files do not know was off
+    def unlike(key: str) -> bool:  # a flag that an older file lacks was off
         return (before.get(key) or None) != (now.get(key) or None)
 
     differ = list(filter(unlike, {**before, **now}))
     if differ:
-        told = ", ".join(f"{key} {before.get(key)!r} then, {now.get(key)!r} now" for key in differ)
-        raise ValueError(f"{path} is of another request ({told}); choose another --output")
+        both = ", ".join(f"{key} {before.get(key)!r} then, {now.get(key)!r} now" for key in differ)
+        raise ValueError(f"{path} is of another request ({both}); choose another --output")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine and the versions of packages."""
     cuda = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "memrewrite": memrewrite.__version__,

@@ -1,13 +1,13 @@
-"""Which batch a v is made of: the first that can be used, and what is used until then.
+"""Which batch calibrates a v: the first usable one; until then v is provisional.
 
-A batch whose input holds inf or NaN (an overflow that a GradScaler will skip), or is all zeros
-(an expert without a token, a branch that starts closed), tells nothing of a direction. Its v is
-ones / sqrt(M) for the time being, and later batches are tried: the second, the third, and then
-each power of two, so that an input of zeros costs nothing in the long run; and the next one where
-an optimizer steps on a gradient that is no longer zero. Sub-tokens that are not zero and yet add
-up to it have no mean: there v is ones for good.
+A batch whose input holds inf or NaN (an overflow that a GradScaler skips), or is all zeros
+(an expert without a token, a gate that starts at zero), has no direction. Its v is ones / sqrt(M)
+provisionally, and later batches are tried: the second, the third, then each power of two, so that
+an input that stays zero costs nothing in the long run; and the next one after an optimizer steps
+on a gradient that is not zero. Sub-tokens that add up to zero without being zero have no mean:
+there v is ones permanently.
 
-All of this is decided on sums over all ranks, so that all ranks decide alike.
+Every decision is made on sums over all ranks, so that all ranks make the same one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memrewrite.errors import warn
 
-CANCELS = 1e-12  # of the sum of |x|: below it, a float64 sum is rounding
+CANCELS = 1e-12  # relative to the sum of |x|: a smaller float64 sum is rounding error
 NOT_FINITE, ZEROS = "holds inf or NaN", "is all zeros"
 OPPOSITE = "the sub-tokens of its input add up to zero"
 UNSEEN = "calibration could not see x"
@@ -36,7 +36,7 @@ WAITS = (
 WORDS = {
     OPPOSITE: "no v for {}: {}, so it is ones / sqrt(M). " + NEEDS_NONE,
     FAILED: "no v for {}: calibration runs what their inputs need once more, without gradients; {}"
-    f". v is ones / sqrt(M), and training goes on. {NEEDS_NONE}; or leave them out of sites",
+    f". v is ones / sqrt(M), and training continues. {NEEDS_NONE}; or leave them out of sites",
     SKIPPED: "a batch is left out of the running mean of {}: the input {}. v stays what it was; "
     "further ones are left out silently",
 }
@@ -44,17 +44,17 @@ WORDS = {
 
 @dataclass
 class Means:
-    """The weights of one model, by name, whose v is ones, and why."""
+    """The weights of one model, by name, whose v is ones, and the reasons."""
 
-    provisional: dict[str, Tensor] = field(default_factory=dict)  # v until a batch can be used
-    tried: dict[str, int] = field(default_factory=dict)  # batches so far
+    provisional: dict[str, Tensor] = field(default_factory=dict)  # name -> its provisional v
+    tried: dict[str, int] = field(default_factory=dict)  # name -> batches tried
     reasons: dict[str, str] = field(default_factory=dict)
     late: list[Tensor] = field(default_factory=list)  # v that replaced a provisional one
-    asked: set[str] = field(default_factory=set)  # to be tried with the next batch
-    told: set[str] = field(default_factory=set)  # kinds of warning that were given
+    asked: set[str] = field(default_factory=set)  # names to try with the next batch
+    warned: set[str] = field(default_factory=set)  # kinds of warning that were given
 
     def judge(self, name: str, norm: float, absolute: float, seen: bool) -> bool:
-        """Whether there is nothing to wait for; norm: of the total, absolute: the sum of |x|."""
+        """Whether v is final; norm: of the sum of x, absolute: the sum of |x|."""
         self.asked.discard(name)
         self.tried[name] = self.tried.get(name, 0) + 1
         self.reasons.pop(name, None)
@@ -69,21 +69,21 @@ class Means:
         return self.reasons.get(name) not in (NOT_FINITE, ZEROS)
 
     def usable(self, name: str) -> None:
-        """A v came otherwise: from a running sum."""
+        """Forget a provisional v: a running sum has replaced it."""
         self.reasons.pop(name, None)
         self.provisional.pop(name, None)
 
     def forget(self) -> None:
-        """A state was loaded; what was said once is not said again."""
+        """Reset after a state is loaded, except that no warning is repeated."""
         for one in (self.provisional, self.tried, self.reasons, self.late, self.asked):
             one.clear()
 
     def is_due(self, calls: int, names: Iterable[str]) -> bool:
-        """Whether the batch of this call, from 1, is tried."""
+        """Whether to try the batch of this call; `calls` starts at 1."""
         return calls <= 3 or calls & (calls - 1) == 0 or not self.asked.isdisjoint(names)
 
     def sentence(self, name: str) -> str:
-        """Why v is ones, for a report; nothing where it is not."""
+        """Why v is ones, for a report; "" where it is not."""
         reason = self.reasons.get(name)
         if reason is None:
             return ""
@@ -92,13 +92,13 @@ class Means:
         return f"v is ones until a batch can calibrate it ({self.tried[name]} tried: x {reason})"
 
     def stepped(self, v: Tensor, coordinates: Tensor) -> None:
-        """An optimizer steps on a gradient in v: if that is provisional, hurry."""
+        """An optimizer steps on a gradient in v: if v is provisional, try the next batch."""
         name = next((n for n, one in self.provisional.items() if one is v), None)
         if name is not None and not distributed() and bool(coordinates.any()):
             self.asked.add(name)
 
-    def tell(self, names: Sequence[str], failure: str) -> None:
-        """One warning for each thing that kept these from a v of their own."""
+    def warn(self, names: Sequence[str], failure: str) -> None:
+        """Warn once per reason why these weights have no calibrated v."""
         for reason in (NOT_FINITE, ZEROS, OPPOSITE):
             found = [name for name in names if self.reasons.get(name) == reason]
             if found:
@@ -108,14 +108,14 @@ class Means:
             self.reasons |= dict.fromkeys(unseen, f"{FAILED} ({failure})")
             self._once(FAILED, WORDS[FAILED].format(_listed(unseen), failure))
 
-    def tell_of_skipped(self, names: Sequence[str]) -> None:
-        """A running mean leaves a batch out."""
+    def warn_of_skipped(self, names: Sequence[str]) -> None:
+        """Warn once that running means skip a batch."""
         if names:
             self._once(SKIPPED, WORDS[SKIPPED].format(_listed(names), NOT_FINITE))
 
     def _once(self, kind: str, message: str) -> None:
-        if kind not in self.told:
-            self.told.add(kind)
+        if kind not in self.warned:
+            self.warned.add(kind)
             warn(message)
 
 
@@ -124,7 +124,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def over_ranks(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Sums over a group, in one call a device: other v there would average unlike gradients."""
+    """Sums over a group, in one call per device, so that all ranks get the same v."""
     if not rows or ranks(group) == 1:
         return list(rows)
     summed: list[Tensor] = list(rows)
@@ -139,7 +139,7 @@ def over_ranks(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
 
 
 def ranks(group: Any) -> int:
-    """That train one model together; group: None for a process alone."""
+    """The number of ranks that train one model together; 1 for group None."""
     return 1 if group is None else torch.distributed.get_world_size(group)
 
 

@@ -1,16 +1,15 @@
-"""Read the inputs of chosen weights, from the captured graph itself.
+"""Read the inputs of chosen weights in the captured graph.
 
-One batch, for a v that is then frozen (`subtoken_sums`); or every batch, for a running mean
-(`observe_inputs`).
+From one batch, for a v that is then frozen (`subtoken_sums`), or from every batch, for a running
+mean (`observe_inputs`).
 
-For one batch the part of the graph that the inputs need is replayed, eagerly, without
-gradients (unless the forward takes some itself), on the very arguments of the call
-(`memrewrite.calibration.replay`). A linear that Dynamo shows as one is not run for its own sake:
-its x is read. Whatever else takes the weight (packed attention projections, einsum) runs under an
-observer, since it ends in an aten matmul that reads the weight's memory, and there its other
-factor is x. The replay leaves no trace: the random state is put back, what is written to is a
-clone, and autocast's weight cache stays off. Where gradients are off, a weight has none, and
-its input does not count.
+For one batch, the part of the graph that the inputs depend on is replayed eagerly on the
+arguments of the call, without gradients unless the forward computes some itself
+(`memrewrite.calibration.replay`). A visible linear is not run: its x is read. Any other operation
+on the weight (packed attention projections, einsum) runs under an observer, since it ends in an
+aten matmul that reads the weight's storage, whose other factor is x. The replay has no side
+effects: the RNG state is restored, what it writes to is a clone, and autocast's weight cache is
+off. Inputs that are read while gradients are disabled do not count.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ MATMULS = {  # op -> positions of its two factors
     aten.baddbmm.default: (1, 2),
 }
 SAME_VALUES = {aten._to_copy.default, aten.clone.default}
-LINEARS: dict[Any, tuple[int, int]] = {  # Dynamo's calls -> positions of x and of the weight
+LINEARS: dict[Any, tuple[int, int]] = {  # functions in Dynamo's graph -> positions of x, weight
     F.linear: (0, 1),
     torch._C._nn.linear: (0, 1),
     torch.addmm: (1, 2),
@@ -57,7 +56,7 @@ LINEARS: dict[Any, tuple[int, int]] = {  # Dynamo's calls -> positions of x and 
     "matmul": (0, 1),
     "mm": (0, 1),
 }
-VIEWS = {  # methods and functions, by name, whose result is the weight still, or a part of it
+VIEWS = {  # names of methods and functions whose result is the weight or a part of it
     *("t", "transpose", "permute", "view", "reshape", "getitem", "chunk", "split", "narrow"),
     *("unbind", "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"),
     *("clone", "requires_grad_", "register_hook"),
@@ -73,13 +72,13 @@ def subtoken_sum(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Found:
-    """What a replay saw, by the position of the weight."""
+    """The results of a replay, by argument position of the weight."""
 
     sizes: Mapping[int, int]  # M of each
     sums: dict[int, Tensor] = field(default_factory=dict)  # (M,), float64
     absolute: dict[int, Tensor] = field(default_factory=dict)  # sum of |x|, ()
-    failure: str = ""  # why it stopped, if it did
-    gradients: bool = False  # whether the forward needs them
+    failure: str = ""  # why it stopped early; "" if it did not
+    gradients: bool = False  # whether the forward computes gradients itself
 
     def add(self, position: int, x: Tensor) -> None:
         total = subtoken_sum(x, self.sizes[position], torch.float64)
@@ -89,7 +88,7 @@ class Found:
         self.absolute[position] = self.absolute[position] + absolute if known else absolute
 
     def row(self, position: int, device: torch.device) -> Tensor:
-        """What ranks add up: the sum, that of |x|, and 1; zeros where nothing was seen."""
+        """(M + 2,) to add over ranks: the sum, the sum of |x|, and 1; zeros if x was not seen."""
         if position not in self.sums:
             return torch.zeros(self.sizes[position] + 2, dtype=torch.float64, device=device)
         total = self.sums[position].to(device)
@@ -97,18 +96,18 @@ class Found:
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls `seen(position, x)` for every matmul of a watched weight with some x."""
+    """Calls `seen(position, x)` for every matmul of a watched weight with an x."""
 
     supports_higher_order_operators = True
 
     def __init__(self, seen: Callable[[int, Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner: dict[int, int] = {}
-        self.alive: list[Any] = []  # a freed cast's address could be given out again
+        self.alive: list[Any] = []  # the address of a freed cast could be reused
         self.seen = seen
 
     def look_for(self, positions: Sequence[int], *weights: Tensor) -> None:
-        """Watch these, and no others."""
+        """Watch only these weights."""
         self.alive = [*weights]
         pairs = zip(weights, positions, strict=True)
         self.owner = {w.untyped_storage().data_ptr(): position for w, position in pairs}
@@ -137,12 +136,11 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def subtoken_sums(gm: GraphModule, args: Sequence[Any], sizes: Mapping[int, int]) -> Found:
-    """Per watched argument, the sum of all sub-tokens of all its inputs: (M,) each.
+    """Per watched weight, the sum (M,) of all sub-tokens of all its inputs.
 
-    `sizes` maps the argument position of a weight to M. A weight whose input nothing shows is
-    missing from the result; so are all that come behind a node that cannot be run again,
-    which `failure` names. Sums run in float64: they are order-independent enough that q, k
-    and v of one input get one v.
+    sizes: argument position of a weight -> M. The result excludes weights whose input is not
+    visible, and those after a node that cannot be run twice, which `failure` names. Sums are in
+    float64, so that their order hardly matters, and q, k and v of one input get equal v.
     """
     found = Found(sizes, gradients=differentiates(gm))
     places = gm.graph.find_nodes(op="placeholder")
@@ -170,7 +168,7 @@ def _runner(
     found: Found,
     function: bool = False,
 ) -> Callable[..., Any]:
-    """What replays a graph, or the body of one of its regions, as far as it is needed."""
+    """A function that replays the needed part of a graph, or of the body of a region."""
     weights = _carriers(gm.graph, watched)
     part = needed(gm.graph, _reads(gm.graph, weights, found, function), outputs)
 
@@ -189,10 +187,10 @@ def _runner(
 def _reads(
     graph: Graph, weights: Mapping[Node, int], found: Found, function: bool
 ) -> dict[Node, Read]:
-    """What to read of each node that takes a watched weight.
+    """What to read at each node that takes a watched weight.
 
     function: the graph is the forward of an autograd.Function, which runs without gradients
-    but has a backward of its own.
+    but has its own backward.
     """
     observer = _Observer(found.add)
     reads: dict[Node, Read] = {}
@@ -213,7 +211,7 @@ def _reads(
 
 
 def _carriers(graph: Graph, watched: Mapping[Node, int]) -> dict[Node, int]:
-    """The nodes that are a watched weight: itself, transposed, cast, or a part of it."""
+    """The nodes that carry a watched weight: itself, transposed, cast, or a part of it."""
     found = dict(watched)
     for node in graph.nodes:
         of = node.args[0] if node.args else None
@@ -226,7 +224,7 @@ def _carriers(graph: Graph, watched: Mapping[Node, int]) -> dict[Node, int]:
 
 
 def _linear_operands(node: Node, weights: Mapping[Node, int]) -> tuple[Node, Node] | None:
-    """(x, weight) of a linear over a watched weight; else nothing."""
+    """(x, weight) of a linear with a watched weight; else None."""
     if node.op not in ("call_function", "call_method") or node.target not in LINEARS:
         return None
     at_x, at_weight = LINEARS[node.target]
@@ -235,12 +233,12 @@ def _linear_operands(node: Node, weights: Mapping[Node, int]) -> tuple[Node, Nod
     x, weight = node.args[at_x], node.args[at_weight]
     if not isinstance(x, Node) or not isinstance(weight, Node) or weight not in weights:
         return None
-    # Inside a functorch transform a node stands for a wrapped tensor: no x to read there.
+    # Inside a functorch transform, values are wrapped tensors, which cannot be read.
     return None if type(x.meta.get("example_value")) is Tensor else (x, weight)
 
 
 def _is_custom(node: Node) -> bool:
-    """True for an operation in which an observer sees nothing, and that may do anything."""
+    """Whether it is a custom operation, whose matmuls an observer cannot see."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace not in ("aten", "prims")
@@ -249,16 +247,15 @@ def _is_custom(node: Node) -> bool:
     return False
 
 
-# --- every batch: a graph that also returns what its linears read ---------------------------
+# --- every batch: a graph that also returns the sums of its linears' inputs -----------------
 
 
 def observe_inputs(gm: GraphModule, sizes: Mapping[int, int]) -> tuple[GraphModule, int, list[int]]:
-    """A copy that appends, per visible linear, the sum of its input's sub-tokens: (M,).
+    """A copy that also returns, per visible linear, the sum (M,) of its input's sub-tokens.
 
-    `sizes` maps the argument position of a weight to M. Returns the copy, the number of its own
-    outputs, and whose sum each new output is. A linear inside a checkpointed region, or one that
-    Dynamo shows as part of a larger call, is not visible: its v stays the mean of the first batch
-    that was usable.
+    sizes: argument position of a weight -> M. Returns the copy, the number of original outputs,
+    and the weight of each new output. A linear in a checkpointed region, or in a larger call of
+    Dynamo's graph, is not visible: its v stays the mean of the first usable batch.
     """
     copied = copy_module(gm)
     places = copied.graph.find_nodes(op="placeholder")
@@ -268,7 +265,7 @@ def observe_inputs(gm: GraphModule, sizes: Mapping[int, int]) -> tuple[GraphModu
     observed, sums = [], []
     for node, x, weight in list(_linears(copied.graph, weights)):
         arguments = (x, sizes[weights[weight]], torch.float64)
-        with copied.graph.inserting_before(node):  # what comes later may write to x
+        with copied.graph.inserting_before(node):  # later nodes may write to x
             sums.append(copied.graph.call_function(subtoken_sum, arguments))
         observed.append(weights[weight])
     output.args = ((*own, *sums),)
@@ -277,7 +274,7 @@ def observe_inputs(gm: GraphModule, sizes: Mapping[int, int]) -> tuple[GraphModu
 
 
 def _linears(graph: Graph, weights: Mapping[Node, int]) -> Iterator[tuple[Node, Node, Node]]:
-    """(node, x, weight) of each whose weight has a gradient."""
+    """(node, x, weight) of each linear whose weight requires a gradient."""
     for node, enabled in grad_modes(graph):
         linear = _linear_operands(node, weights) if enabled else None
         if linear is not None:

@@ -1,15 +1,15 @@
-"""What the optimizers of this process hold of a weight: where a resumed run goes on from.
+"""Find the optimizer state of a weight, from which a resumed run restores its v or basis.
 
-Trainers save `model.state_dict()` and `optimizer.state_dict()` and nothing of ours. What a run
-needs besides is therefore in the optimizer's state of each weight, as plain tensors:
+Trainers save only `model.state_dict()` and `optimizer.state_dict()`. What a resumed run also
+needs is therefore stored in the optimizer's state of each weight, as plain tensors:
 
-    vector              v (M,) of a factored state, along which its moments are
+    vector              v (M,) of a factored state
     calibrated_vector   v (M,) of a compressed weight whose moments are full-size
-    calibrated_sum      the sum (M,) behind the running mean of one
-    projector, step     of a projected one: the basis of the next gradient follows from them
+    calibrated_sum      the sum (M,) of the running mean of such a weight
+    projector, step     of a projected weight: they determine the basis of its next gradient
 
-It is read back the first time that a graph needs a v or a basis and there is none, and whenever
-an optimizer that has stepped is given another state (`optim.resume`).
+It is read when a graph needs a v or a basis that does not exist yet, and when an optimizer that
+has stepped loads a state (`optim.resume`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Held = Mapping[str, Any]  # an optimizer's state of one weight
 
 
 def states_of(parameters: Iterable[Tensor]) -> dict[Tensor, Held]:
-    """What the optimizers of this process hold of each parameter.
+    """Parameter -> its state in the optimizers of this process.
 
-    An optimizer knows its parameters, and nobody knows all optimizers but the garbage
-    collector. It is asked when a run starts, never in a step. Where one of those that have a
-    parameter has no state of it, a new run starts: another one may be left over from the last.
+    Optimizers are found by the garbage collector, when a run starts, never in a step. If one of
+    several optimizers of a parameter has no state for it, the result excludes the parameter: a new
+    run starts, and the others may be left from the last run.
     """
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     known = [(_members(o), getattr(o, "state", None)) for o in optimizers]
@@ -44,5 +44,5 @@ def states_of(parameters: Iterable[Tensor]) -> dict[Tensor, Held]:
 
 
 def _members(optimizer: Optimizer) -> set[Tensor]:
-    """None of one that is not made yet."""
+    """The parameters of an optimizer; empty if it is not yet initialized."""
     return {p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}

@@ -1,13 +1,12 @@
-"""Run again, without gradients, no more of a captured graph than some of its values need.
+"""Replay, without gradients, only the part of a captured graph that some of its values need.
 
-What a second run may not repeat is left out: hooks, custom operations that log or count,
-layers behind the last value that is wanted. What stays are the ancestors of those values,
-the nodes that write to an ancestor's memory before it is read, and the nodes that set a
-state (autocast, a functorch level), which are undone if the run fails. Whatever a node that
-stays writes to is a clone.
+Excluded is what must not run twice (hooks, custom operations that log or count) and layers
+after the last needed value. Included are the ancestors of those values, the nodes that write to
+an ancestor's storage before it is read, and the nodes that set a state (autocast, a functorch
+level), which is restored if the replay fails. What an included node writes to is cloned.
 
-Memory is told from memory by the fake tensors that Dynamo left at the nodes; a node without
-one may share its memory with any other.
+Storages are identified by the fake tensors that Dynamo left at the nodes; a node without one
+may share its storage with any other.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ OURS = ("torch", "_operator", "operator", "builtins", "math")
 
 @dataclass
 class Read:
-    """What is wanted of a node: to be shown its values, or to have it run under a watcher."""
+    """What to read at a node: the values of its inputs, or the node run by a watcher."""
 
-    inputs: tuple[Node, ...] = ()  # wanted as they are when the node's turn comes
+    inputs: tuple[Node, ...] = ()  # read when the node would run
     show: Callable[..., None] | None = None  # called with these
-    watch: Callable[[Any], Any] | None = None  # (what runs the node) -> its result
+    watch: Callable[[Any], Any] | None = None  # called with a function that runs the node
 
 
 @dataclass
@@ -55,13 +54,13 @@ class Part:
     """The nodes of one graph that a replay runs."""
 
     reads: Mapping[Node, Read]
-    values: set[Node] = field(default_factory=set)  # whose results are read
+    values: set[Node] = field(default_factory=set)  # nodes whose results are read
     kept: set[Node] = field(default_factory=set)
     written: list[int] = field(default_factory=list)  # placeholders that it writes to
 
 
 def copy_module(gm: GraphModule) -> GraphModule:
-    """A copy of a Dynamo graph that AOTAutograd accepts as Dynamo's own."""
+    """A copy of a Dynamo graph, with the attributes that AOTAutograd expects."""
     copied = GraphModule(gm, copy_graph(gm.graph))
     copied.meta.update(gm.meta)
     places = (g.graph.find_nodes(op="placeholder") for g in (gm, copied))
@@ -72,13 +71,13 @@ def copy_module(gm: GraphModule) -> GraphModule:
 
 
 def name_of(node: Node) -> str:
-    """Of a node's operation."""
+    """The name of a node's operation."""
     target = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 def body_of(node: Node) -> tuple[GraphModule, tuple[Any, ...]] | None:
-    """The subgraph that a higher-order operation runs, and the arguments that it gets."""
+    """The subgraph of a higher-order operation, and the arguments of the subgraph."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
     places = BODIES.get(name_of(node))
@@ -89,7 +88,7 @@ def body_of(node: Node) -> tuple[GraphModule, tuple[Any, ...]] | None:
 
 
 def needed(graph: Graph, reads: Mapping[Node, Read], outputs: bool) -> Part:
-    """What must run for `reads`, and for the graph's own outputs if they are wanted."""
+    """The nodes that must run for `reads`, and for the graph's outputs if `outputs`."""
     part = Part(reads)
     values = part.values
     for node in reversed(graph.nodes):
@@ -123,7 +122,7 @@ class ReplayError(RuntimeError):
 
 
 def differentiates(gm: GraphModule) -> bool:
-    """Whether a forward takes gradients itself: without them its values would be others."""
+    """Whether a forward computes gradients itself, so that it cannot run without them."""
     names = ("_autograd_grad", "_grad_increment_nesting", "_jvp_increment_nesting")
     return any(
         name_of(n) in names or n.target is torch.autograd.grad
@@ -135,7 +134,7 @@ def differentiates(gm: GraphModule) -> bool:
 
 
 class Replay(Interpreter):
-    """Runs a part of a Dynamo graph; unless told to, it never turns gradients back on."""
+    """Runs a part of a Dynamo graph; enables gradients only if asked to."""
 
     def __init__(
         self, gm: GraphModule, part: Part, inner: Callable[[Node], Any], gradients: bool = False
@@ -146,12 +145,12 @@ class Replay(Interpreter):
         self.at: Node | None = None
 
     def replay(self, *args: Any) -> Any:
-        """The outputs, or None where they are not wanted. Raises ReplayError."""
+        """The outputs, or None if they are not needed. Raises ReplayError."""
         own = [_copy(a) if i in self.part.written else a for i, a in enumerate(args)]
         try:
             return self.run(*own, enable_io_processing=False)
         except ReplayError:
-            raise  # of a body
+            raise  # from a subgraph
         except Exception as error:
             raise ReplayError(self.at) from error
         finally:
@@ -189,7 +188,7 @@ class Replay(Interpreter):
 
 
 def grad_modes(graph: Graph) -> Iterator[tuple[Node, bool]]:
-    """Each node, and whether gradients are on at it; they are at the first."""
+    """Each node, and whether gradients are enabled at it, as they are at the first."""
     enabled = True
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
@@ -197,11 +196,11 @@ def grad_modes(graph: Graph) -> Iterator[tuple[Node, bool]]:
         yield node, enabled
 
 
-# --- what a node does besides its result ------------------------------------------------------
+# --- side effects of a node -------------------------------------------------------------------
 
 
 def writes(node: Node) -> list[Node]:
-    """The inputs whose memory a node writes, as far as its operation says so."""
+    """The inputs that a node writes to, as far as its operation is known."""
     if node.op == "call_method":
         name = str(node.target)
         in_place = name.endswith("_") and not name.endswith("__")
@@ -222,7 +221,7 @@ def writes(node: Node) -> list[Node]:
 
 
 def _sets_state(node: Node) -> bool:
-    """True for a node that later ones run under, whether or not anything reads it."""
+    """Whether a node sets a state for later ones, even if nothing reads it."""
     if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target is torch._C._set_grad_enabled:
@@ -273,7 +272,7 @@ def _body_writes(node: Node) -> bool:
 
 
 def _unknown_writes(node: Node) -> list[Node]:
-    """All inputs of a function that is not torch's: who can tell?"""
+    """All inputs of a function that is not torch's, which may write to any."""
     if node.op != "call_function" or hasattr(node.target, "_schema"):
         return []
     if isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
@@ -282,7 +281,7 @@ def _unknown_writes(node: Node) -> list[Node]:
     return [] if module.split(".")[0] in OURS else node.all_input_nodes
 
 
-# --- memory -------------------------------------------------------------------------------------
+# --- storages -----------------------------------------------------------------------------------
 
 
 def _shared(written: Sequence[Node], values: set[Node]) -> bool:
@@ -290,12 +289,12 @@ def _shared(written: Sequence[Node], values: set[Node]) -> bool:
         return False
     if not values.isdisjoint(written):
         return True
-    mine, theirs = _memories(written), _memories(values)
+    mine, theirs = _storages(written), _storages(values)
     return mine is None or theirs is None or not mine.isdisjoint(theirs)
 
 
-def _memories(nodes: Iterable[Node]) -> set[int] | None:
-    """Of all of them; None where one is not known."""
+def _storages(nodes: Iterable[Node]) -> set[int] | None:
+    """The storages of all nodes; None if one is not known."""
     found: set[int] = set()
     for node in nodes:
         value = _fake(node)

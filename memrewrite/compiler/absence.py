@@ -1,10 +1,10 @@
-"""Gradients that never came, handed to a compiled backward as tensors without memory.
+"""Undefined tangents, passed to a compiled backward as tensors with empty storage.
 
-AOTAutograd lets autograd fill in zeros for every output of a graph that the caller did not
-differentiate: of the size of the logits, for a model that returns them beside its loss. Here
-autograd is told not to, so that backward gets None, and backward's entry, replaced once a
-compile, puts in what the graph can do with: a tensor without memory where
-`passes.joint.absent` has made room for one, zeros elsewhere.
+For every output that the caller did not differentiate, AOTAutograd has autograd materialize
+zeros: of the size of the logits, for a model that returns them with its loss. Here
+materialization is switched off, so that backward gets None, and its entry point, replaced once
+per compile, passes a tensor with empty storage where `passes.joint.absent` allows it, and zeros
+elsewhere.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from memrewrite.compiler.backend import in_compiled_autograd
 from passes.joint.absent import absent_like
 
 
-def told_of_absence(compiled: Callable[..., Any], outputs: Sequence[int]) -> Callable[..., Any]:
-    """The same program; `outputs` are those whose gradient may come without memory."""
+def with_undefined_tangents(
+    compiled: Callable[..., Any], outputs: Sequence[int]
+) -> Callable[..., Any]:
+    """The same program; the tangents of `outputs` may have empty storage."""
     if not outputs:
         return compiled
 
@@ -31,8 +33,8 @@ def told_of_absence(compiled: Callable[..., Any], outputs: Sequence[int]) -> Cal
             return results
         mine = {r.output_nr for r in results if type(r) is Tensor and r.grad_fn is node}
         others = (m for i, m in enumerate(node._input_metadata) if i not in mine)
-        if any(meta.shape for meta in others):  # autograd knows what zeros of these are: a
-            return results  # subclass, or an output that is not handed out
+        if any(meta.shape for meta in others):  # only autograd can make zeros for these: a
+            return results  # subclass, or an output that is not returned
         _accept_none(type(node)._forward_cls)
         node.given = mine
         node.may_be_absent = {results[i].output_nr for i in outputs if results[i].grad_fn is node}
@@ -47,7 +49,7 @@ def _is_compiled(value: Any) -> bool:
 
 
 def _accept_none(function: Any) -> None:
-    """Make the backward of a compiled function accept None, from calls prepared for it."""
+    """Make the backward of a compiled function accept None where `ctx.given` says so."""
     if hasattr(function, "memrewrite_backward"):
         return
     function.memrewrite_backward = backward = function.backward

@@ -1,4 +1,4 @@
-"""The facts of `passes.base`, written into a joint graph that AOTAutograd has traced."""
+"""Write the `meta` entries of `passes.base` into a joint graph traced by AOTAutograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch.fx import Graph
 
 
 def annotate(graph: Graph) -> bool:
-    """Write the facts of `passes.base` into meta. False for a graph with no backward."""
+    """Write the entries of `passes.base` into meta. Returns False for a graph without backward."""
     output = graph.output_node()
     tangents = False
     for node in graph.find_nodes(op="placeholder"):

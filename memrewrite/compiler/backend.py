@@ -1,17 +1,17 @@
-"""The route through torch: the only file that knows Dynamo, AOTAutograd and Inductor.
+"""Compile through torch: with `session.skipping`, the only file that uses private torch APIs.
 
 `capture` is called once per captured graph. It never edits Dynamo's graph (Dynamo reads
-it again): it copies it, appends one placeholder per selected weight for its v, and hands
-the copy to Inductor with two hooks bound to this compile alone:
+it again): it copies it, appends a placeholder per extra input of the methods, and compiles
+the copy by Inductor with two hooks that are set for this compile only:
 
     joint_custom_pre_pass   the passes, on the joint graph that AOTAutograd traced
-    custom_partitioner_fn   the split into forward and backward
+    custom_partitioner_fn   the partition into forward and backward
 
-On a warm AOTAutograd cache neither hook runs. What they decided is therefore written
-beside torch's cache under the facts that decide it, and read back; where it is missing
-the graph is compiled once more without the cache.
+On a hit in AOTAutograd's cache neither hook runs. The record of their decisions is therefore
+stored next to torch's cache, under a key of everything that decides it; where it is missing,
+the graph is compiled again without the cache.
 
-Every private torch API here was run on torch 2.11, 2.12 and 2.13.
+The private torch APIs here were run on torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch.fx import Graph, GraphModule, Node
 from memrewrite.calibration.replay import copy_module
 from memrewrite.compiler.annotate import annotate
 from memrewrite.compiler.order import passes_for
-from memrewrite.compiler.partition import Compile, Halves, divide, rewrite
+from memrewrite.compiler.partition import Compile, Split, divide, rewrite
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.gradients.port import attach_ports
 from memrewrite.methods.request import Request, extra_inputs, source_hash
@@ -49,8 +49,8 @@ from memrewrite.record.decision import GraphRecord
 from passes.joint.absent import write_in_place
 
 EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
-# Whether a parameter that was frozen or thawed since makes Dynamo compile again: in torch 2.11
-# a guard on it is skipped as long as its module's dictionary is the same.
+# Whether Dynamo recompiles when a parameter's requires_grad changes: torch 2.11 skips the guard
+# on it as long as its module's dictionary is the same.
 GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
 
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
@@ -58,7 +58,7 @@ _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[Compile]:
-    """Where the hooks of this compile leave their results: they must stay stateless."""
+    """Hold the results of this compile's hooks, which must be stateless."""
     state = Compile()
     token = _current.set(state)
     try:
@@ -72,13 +72,13 @@ def _compiling() -> Iterator[Compile]:
 
 @dataclass(frozen=True)
 class JointPasses(CustomGraphPass):
-    """Inductor's joint_custom_pre_pass: ours, then the user's own (a list, from torch 2.13 on)."""
+    """Inductor's joint_custom_pre_pass: ours, then the user's (a list, from torch 2.13 on)."""
 
     request: Request
     theirs: tuple[Any, ...] = ()
 
     def uuid(self) -> Any:
-        """None, and so no cache, beside a pass that does not say what it is."""
+        """The cache key; None, so no cache, where a pass of the user has no uuid."""
         theirs = [isinstance(one, CustomGraphPass) and one.uuid() for one in self.theirs]
         return ("memrewrite", source_hash(), self.request, *theirs) if all(theirs) else None
 
@@ -91,7 +91,7 @@ class JointPasses(CustomGraphPass):
 
 @dataclass(frozen=True)
 class ExactFirst(CustomPartitionerFn):
-    """Inductor's custom_partitioner_fn; `inner` is the user's own, where there is one."""
+    """Inductor's custom_partitioner_fn; `inner` is the user's, or None."""
 
     request: Request
     inner: CustomPartitionerFn | None = None
@@ -99,7 +99,7 @@ class ExactFirst(CustomPartitionerFn):
     def uuid(self) -> Any:
         return ("memrewrite", source_hash(), self.request, self.inner and self.inner.uuid())
 
-    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Halves:
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Split:
         return _split_joint(gm, joint_inputs, self.request, self.inner, **kwargs)
 
 
@@ -119,19 +119,19 @@ def _split_joint(
     *,
     num_fwd_outputs: int,
     **kwargs: Any,
-) -> Halves:
-    def default(joint: GraphModule, outputs: int) -> Halves:
-        cut: Callable[..., Halves] = inner or min_cut_rematerialization_partition
+) -> Split:
+    def default(joint: GraphModule, outputs: int) -> Split:
+        cut: Callable[..., Split] = inner or min_cut_rematerialization_partition
         return cut(joint, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
-    def exact_first(joint: GraphModule, outputs: int) -> Halves:
-        # patched around one partition, never globally
+    def exact_first(joint: GraphModule, outputs: int) -> Split:
+        # patched for one partition, never globally
         with functorch_config.patch(aggressive_recomputation=True):
             return default(joint, outputs)
 
     state, chosen = _current.get() or Compile(), exact_first
     if functorch_config.activation_memory_budget != 1.0:
-        state.freed, chosen = 0.0, default  # the user's budget decides what is rerun
+        state.freed, chosen = 0.0, default  # the user's budget decides what is recomputed
     return divide(gm, request, num_fwd_outputs, state, default, chosen)
 
 
@@ -139,20 +139,21 @@ def _split_joint(
 
 
 class Engine:
-    """What turns a copied graph into code: Inductor, or the rewritten graphs as they are.
+    """The code generator: Inductor, or none.
 
-    "aot_eager" runs them op by op; so does "trace", for estimates, with Inductor's graphs.
+    "aot_eager" runs the rewritten graphs op by op; so does "trace", for estimates, after
+    Inductor's simplifications.
     """
 
     def __init__(self, backend: str, mode: str | None, options: Any, dynamic: bool | None) -> None:
         self.backend = backend
         wrapper: Any = torch._TorchCompileInductorWrapper
-        config = dict(wrapper(mode, options, dynamic).config)  # torch.compile's own checks
+        config = dict(wrapper(mode, options, dynamic).config)  # torch.compile's checks
         self.config: dict[str, Any] = config if backend == "inductor" else {}
 
     @property
     def branches(self) -> bool:
-        """Whether its programs may decide something when they run; a CUDA graph repeats itself."""
+        """Whether compiled code may branch when it runs; a CUDA graph cannot."""
         return not self.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
 
     def compile(
@@ -178,7 +179,7 @@ def _listed(passes: Any) -> tuple[Any, ...]:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, which both engines trace with."""
+    """Inductor's decompositions, which all engines trace with."""
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
@@ -193,7 +194,7 @@ def _compile_eager(
     left = () if simplify else EYES  # Inductor's counts in uint16, which few operations take
     table = {op: f for op, f in _decompositions().items() if op not in left}
 
-    def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Halves:
+    def split(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Split:
         _rewrite_joint(joint, request)
         if simplify:
             with V.set_fake_mode(torch._guards.detect_fake_mode(joint_inputs)):
@@ -222,7 +223,7 @@ def capture(
     request: Request,
     engine: Engine,
 ) -> tuple[Callable[..., Any], GraphRecord]:
-    """Compile a copy of Dynamo's graph that takes what the request asks for after its own."""
+    """Compile a copy of Dynamo's graph that takes the request's extra inputs after its own."""
     extra = extra_inputs(request)
 
     def compile_copy() -> tuple[Callable[..., Any], GraphRecord | None]:
@@ -252,7 +253,7 @@ def _places(gm: GraphModule) -> list[Node]:
 
 
 def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
-    """One more input behind the others; returns its example."""
+    """Append an input after the others; returns its example."""
     places = _places(gm)
     if torch._guards.TracingContext.try_get() is not None:  # called by Dynamo
         examples: Any = (node.meta.get("example_value") for node in places)
@@ -272,7 +273,7 @@ def _key(
     extra: Sequence[tuple[str, Tensor]],
     engine: Engine,
 ) -> str:
-    """Of everything that decides a record, so that a warm cache finds its own."""
+    """A digest of everything that decides a record, to find it again on a cache hit."""
     described = [
         (str(i.shape), str(i.dtype), str(i.stride()), i.device.type, i.requires_grad)
         if isinstance(i, Tensor)
@@ -295,7 +296,7 @@ def _key(
 
 
 def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Callable[..., Any]:
-    """The engine's code for a graph that writes its inputs, specialised to their shapes or not."""
+    """Compile a graph that writes its inputs; `dynamic`: for all shapes, not just theirs."""
     if engine.backend == "aot_eager":
         return gm
     from torch._dynamo.exc import TorchDynamoException
@@ -319,7 +320,7 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
 
 
 def _fused_throughout() -> dict[str, Any]:
-    """Before torch 2.13 Inductor stores a small moment that v expands as a temporary first."""
+    """Options for factored updates: before torch 2.13 Inductor materializes a small moment."""
     from torch._inductor.ir import StorageBox
 
     known = inspect.signature(StorageBox.should_realize_on_reuse).parameters
@@ -327,13 +328,13 @@ def _fused_throughout() -> dict[str, Any]:
 
 
 def in_compiled_autograd() -> bool:
-    """Whether backward is to be traced: it then runs no Function's own entry."""
+    """Whether compiled autograd traces backward: it calls no Function's `backward`."""
     wanted: bool = torch._dynamo.config.compiled_autograd
     return wanted or getattr(torch._dynamo.compiled_autograd, "compiled_autograd_enabled", False)
 
 
 def set_torch(functorch: Mapping[str, Any], inductor: Mapping[str, Any]) -> None:
-    """Settings of torch's own, for the rest of this process."""
+    """Set torch's functorch and Inductor options for the rest of this process."""
     for config, wanted in ((functorch_config, functorch), (inductor_config, inductor)):
         for name, value in wanted.items():
             setattr(config, name, value)

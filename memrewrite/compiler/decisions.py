@@ -1,4 +1,4 @@
-"""What was decided for one graph, written into its record as plain data."""
+"""Write the decisions for one graph into its record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memrewrite.compiler.liveness import memory_record
 from memrewrite.compiler.sizes import hint, settled
 from memrewrite.methods.method import Task
 from memrewrite.record.decision import GraphRecord, InputRecord, KeptRecord
-from passes.base import memory_of, stands_for, storage_of, tensor_bytes
+from passes.base import base_of, stands_for, storage_root, tensor_bytes
 from passes.joint.absent import absent_gradients
 from passes.joint.find import WeightGradient
 from passes.provenance import module_of, operation_of
@@ -24,7 +24,7 @@ Groups = Sequence[Sequence[WeightGradient]]
 
 
 def inputs_of(groups: Groups, tasks: Sequence[Task]) -> list[InputRecord]:
-    """One record per saved activation, with its weights; the split settles what becomes of it."""
+    """One record per activation that weight gradients read; `settle` completes it."""
     records = []
     for group in groups:
         compressed: dict[str, list[int]] = {}
@@ -45,7 +45,7 @@ def inputs_of(groups: Groups, tasks: Sequence[Task]) -> list[InputRecord]:
                 compressed=compressed,
                 exact_weights=sorted({g.weight for g in group if g.weight not in taken}),
                 features=group[0].features,
-                bytes=hint(tensor_bytes(storage_of(group[0].operand))),
+                bytes=hint(tensor_bytes(base_of(group[0].operand))),
                 declined=declined,
             )
         )
@@ -53,7 +53,7 @@ def inputs_of(groups: Groups, tasks: Sequence[Task]) -> list[InputRecord]:
 
 
 def note_small_forms(record: GraphRecord, tasks: Sequence[Task], graph: Graph) -> None:
-    """Between two passes: the weights whose whole gradient has a method's small form."""
+    """Record the weights whose whole gradient has a method's small form, between two passes."""
     for task in tasks:
         found = task.method.whole(graph, [ask.position for ask in task.asks])
         known = record.whole.setdefault(task.method.name, [])
@@ -61,7 +61,7 @@ def note_small_forms(record: GraphRecord, tasks: Sequence[Task], graph: Graph) -
 
 
 def note_returned(record: GraphRecord, tasks: Sequence[Task], graph: Graph) -> None:
-    """The gradients that are returned small, and those that may come without memory."""
+    """Record the gradients that are returned small, and the tangents that may be undefined."""
     output = graph.output_node()
     returned: Any = output.args[0]
     absent = {w for w, n in zip(output.meta["gradient_of"], returned, strict=True) if n is None}
@@ -73,7 +73,7 @@ def note_returned(record: GraphRecord, tasks: Sequence[Task], graph: Graph) -> N
 
 
 def settle(record: GraphRecord, groups: Groups, before: Kept, after: Kept, backward: Graph) -> None:
-    """What the split keeps of each activation, and in its place."""
+    """Record what the partition saves of each activation, or in its place, in bytes."""
     served = {g.matmul_name: g.weight for group in groups for g in group}
     marked = [(mark, node) for node in after.storages if (mark := stands_for(node)) is not None]
     for entry, group in zip(record.inputs, groups, strict=True):
@@ -87,19 +87,19 @@ def settle(record: GraphRecord, groups: Groups, before: Kept, after: Kept, backw
         entry.after = sum(entry.small_bytes.values()) + (hint(tensor_bytes(x)) if x else 0)
         entry.outcome = "kept" if x else "replaced" if entry.small_bytes else "recomputed"
         mine = set(entry.compressed)
-        entry.kept_by = _reader_names(backward, after.handed[x], served, mine) if x else []
+        entry.kept_by = _reader_names(backward, after.views[x], served, mine) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)
     record.formula_before = str(settled(before.bytes, record.symbols))
     record.formula_after = str(settled(after.bytes, record.symbols))
 
 
 def _reader_names(
-    backward: Graph, handed: Sequence[Node], served: dict[str, int], methods: Collection[str]
+    backward: Graph, views: Sequence[Node], served: dict[str, int], methods: Collection[str]
 ) -> list[str]:
-    """What reads an activation in backward, other than the compression of it."""
+    """The readers of an activation in backward, excluding its compression."""
     weights: set[int] = set()
     operations: dict[str, None] = {}
-    for node in readers(backward, handed):
+    for node in readers(backward, views):
         mark = node.meta.get("stands_for")
         if node.name in served:
             weights.add(served[node.name])
@@ -112,15 +112,15 @@ def _reader_names(
 def remember(
     record: GraphRecord | None,
     when: str,
-    halves: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
     outputs: int,
     free: Collection[int],
 ) -> None:
-    """Bytes over time. A prediction: where it fails the training goes on without it."""
+    """Record the predicted bytes over time; a failure is logged, and training continues."""
     if record is None:
         return
     try:
-        record.memory[when] = memory_record(*halves, outputs, free, hint, record.symbols)
+        record.memory[when] = memory_record(*graphs, outputs, free, hint, record.symbols)
     except Exception:
         log.exception("no memory timeline %s the rewrite", when)
 
@@ -128,20 +128,22 @@ def remember(
 def kept_records(
     forward: Graph, backward: Graph, outputs: int, free: Collection[int]
 ) -> list[KeptRecord]:
-    """Every tensor that the forward hands to its backward."""
+    """One record per tensor that the forward saves for its backward."""
     returned: Any = forward.output_node().args[0]
     tensors = [n for n in returned[outputs:] if isinstance(n.meta.get("val"), Tensor)]
-    first = {memory_of(node): node for node in reversed(tensors)}
+    first = {storage_root(node): node for node in reversed(tensors)}
     return [
         KeptRecord(
             name=node.name,
-            module=module_of(storage_of(node)) or module_of(node),
-            operation=operation_of(storage_of(node)),
+            module=module_of(base_of(node)) or module_of(node),
+            operation=operation_of(base_of(node)),
             shape=[n if isinstance(n, int) else str(n) for n in node.meta["val"].shape],
             dtype=str(node.meta["val"].dtype),
-            bytes=hint(tensor_bytes(memory_of(node))) if first[memory_of(node)] is node else 0,
-            lives_anyway=memory_of(node).meta.get("argument") in free,
-            compressed=stands_for(storage_of(node)) is not None,
+            bytes=hint(tensor_bytes(storage_root(node)))
+            if first[storage_root(node)] is node
+            else 0,
+            lives_anyway=storage_root(node).meta.get("argument") in free,
+            compressed=stands_for(base_of(node)) is not None,
             used_by=list(dict.fromkeys(map(_read_as, readers(backward, [node])))),
         )
         for node in tensors

@@ -1,8 +1,8 @@
-"""Bytes over time of one compiled graph: forward, then backward, and what lives at the peak.
+"""Predicted bytes over time of forward and backward, and the buffers that are live at the peak.
 
-Counted are activations, temporaries and the gradients that backward returns; parameters,
-buffers, optimizer state and v live all the time and are left out. Derived from the two
-halves of the split by `passes.split.live`, before any code is generated.
+Counts activations, temporaries and the gradients that backward returns; excludes parameters,
+buffers, optimizer state and v, which are always live. Derived from the two partitioned graphs
+by `passes.split.live`, before any code is generated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from memrewrite.compiler.sizes import settled
 from memrewrite.record.decision import Culprit, GraphRecord, MemoryRecord
 from memrewrite.sites.eligible import is_head
-from passes.base import memory_of
+from passes.base import storage_root
 from passes.joint.absent import absent_gradients
 from passes.provenance import module_of, operation_of
 from passes.split.live import Buffer, Kind, Timeline, timeline
@@ -36,25 +36,25 @@ def memory_record(
     hint: Hint,
     known: Collection[str] = (),
 ) -> MemoryRecord:
-    """The timelines of both halves; `free` arguments (parameters, state) cost nothing.
+    """The timelines of both graphs; arguments in `free` (parameters, state) are not counted.
 
-    known: the symbols that formulas may be in. Any other size is what it is at the compile.
+    known: the symbols of formulas. Any other symbolic size takes its value at the compile.
     """
-    ahead = timeline(forward, _placeholders(forward, free))
-    behind = timeline(backward, _handed(forward, backward, outputs, free))
+    first = timeline(forward, _placeholders(forward, free))
+    second = timeline(backward, _handed(forward, backward, outputs, free))
     record = MemoryRecord(
-        forward=_points(ahead, hint),
-        backward=_points(behind, hint),
-        forward_peaks=_peaks(ahead, hint, known),
-        backward_peaks=_peaks(behind, hint, known),
-        gradients=sum(hint(b.bytes) for b in behind.buffers if b.kind == "output"),
+        forward=_points(first, hint),
+        backward=_points(second, hint),
+        forward_peaks=_peaks(first, hint, known),
+        backward_peaks=_peaks(second, hint, known),
+        gradients=sum(hint(b.bytes) for b in second.buffers if b.kind == "output"),
     )
-    halves = {"forward": record.forward, "backward": record.backward}
-    for half, points in halves.items():
+    graphs = {"forward": record.forward, "backward": record.backward}
+    for graph, points in graphs.items():
         for index, (_, size) in enumerate(points):
             if size > record.peak_bytes:
-                record.peak_bytes, record.peak_half, record.peak_index = size, half, index
-    of_peak = ahead if record.peak_half == "forward" else behind
+                record.peak_bytes, record.peak_half, record.peak_index = size, graph, index
+    of_peak = first if record.peak_half == "forward" else second
     live = _live_at_peak(of_peak, hint)
     made = {node.name: node for node in forward.nodes}
     record.culprits = [_culprit(b, made, backward, hint) for b in live[:CULPRITS]]
@@ -77,10 +77,10 @@ def _placeholders(forward: Graph, free: Collection[int]) -> dict[Node, tuple[str
 def _handed(
     forward: Graph, backward: Graph, outputs: int, free: Collection[int]
 ) -> dict[Node, tuple[str, Kind]]:
-    """Backward's placeholders, each with the memory behind it as the forward knows it."""
+    """Placeholder of backward -> (its storage, by the forward's name; its kind)."""
     returned: Any = forward.output_node().args[0]
-    roots = {n.name: memory_of(n) for n in returned[outputs:] if isinstance(n, Node)}
-    given = {memory_of(n) for n in returned[:outputs] if isinstance(n, Node)}
+    roots = {n.name: storage_root(n) for n in returned[outputs:] if isinstance(n, Node)}
+    given = {storage_root(n) for n in returned[:outputs] if isinstance(n, Node)}
     handed: dict[Node, tuple[str, Kind]] = {}
     absent = absent_gradients(backward)
     for node in backward.find_nodes(op="placeholder"):
@@ -111,9 +111,9 @@ def _label(of: Timeline, position: int) -> str:
 
 
 def _peaks(of: Timeline, hint: Hint, known: Collection[str]) -> list[str]:
-    """Formulas of which the largest is the peak: under fixed shapes, one number.
+    """Formulas of which the largest is the peak: under static shapes, one number.
 
-    A moment is left out where another one holds at least as much of every term.
+    Excludes formulas that another one dominates in every term.
     """
     points = sorted(of.points(hint), key=lambda point: -point[1])
     if not points:
@@ -134,7 +134,7 @@ def _peaks(of: Timeline, hint: Hint, known: Collection[str]) -> list[str]:
 
 
 def _terms(size: Any) -> dict[str, int]:
-    """A size as monomials with their factors: 4*s0*s1 + 8 is {"s0*s1": 4, "1": 8}."""
+    """A size as monomials with coefficients: 4*s0*s1 + 8 is {"s0*s1": 4, "1": 8}."""
     if isinstance(size, int):
         return {"1": size}
     expanded = size.as_coefficients_dict()
@@ -152,14 +152,14 @@ def _live_at_peak(of: Timeline, hint: Hint) -> list[Buffer]:
 
 
 def _origin(buffer: Buffer, made: dict[str, Node]) -> Node:
-    """The operation behind a memory: of one that backward is handed, the forward's."""
+    """The node that allocated a buffer: the forward's, for one that is saved."""
     node = buffer.node
-    return memory_of(made.get(node.name, node)) if node.op == "placeholder" else node
+    return storage_root(made.get(node.name, node)) if node.op == "placeholder" else node
 
 
 def _culprit(buffer: Buffer, made: dict[str, Node], backward: Graph, hint: Hint) -> Culprit:
     origin = _origin(buffer, made)
-    gradients = set(map(memory_of, backward.output_node().all_input_nodes))
+    gradients = set(map(storage_root, backward.output_node().all_input_nodes))
     is_gradient = buffer.kind == "output" and buffer.node in gradients
     return Culprit(
         name=buffer.node.name,
@@ -171,7 +171,7 @@ def _culprit(buffer: Buffer, made: dict[str, Node], backward: Graph, hint: Hint)
 
 
 def dominates(records: Iterable[GraphRecord]) -> str:
-    """What owns the predicted activation peak, in words; "" where nothing is known."""
+    """A sentence on the modules that own the predicted activation peak; "" where none is known."""
     memory = [r.memory["after"] for r in records if "after" in r.memory]
     top = max(memory, key=lambda m: m.peak_bytes, default=None)
     if top is None or not top.peak_bytes:

@@ -1,4 +1,4 @@
-"""The order of the passes over a joint graph: this file is the only place that knows it."""
+"""The order of the passes over a joint graph, which only this file knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passes.lower import lower_ir_ops
 
 
 def passes_for(request: Request, decompositions: Decompositions) -> list[Pass]:
-    """Each method's, what lowers their operations, and the exact ones that need no method."""
+    """Each method's passes, the lowering of their IR ops, and the exact pass for all graphs."""
     context = Context(frozenset(request.weights), decompositions)
     found = [one for task in request.tasks for one in task.method.passes(task, context)]
     found += [lower_ir_ops()] if found else []

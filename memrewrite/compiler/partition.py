@@ -1,9 +1,9 @@
-"""Rewrite one joint graph, split it, and write down what was decided.
+"""Rewrite one joint graph, partition it into forward and backward, and record the decisions.
 
-Exact first: the split lets backward recompute whatever it can without another matmul,
-which torch's default forbids for anything that feeds a backward matmul. Matmul outputs
-that the default keeps are rerun within a share of the operations that the fold removed,
-and a z is pinned as a forward value where rebuilding it would keep more than z has.
+Exact recompute comes first: backward may recompute whatever needs no other matmul, which
+torch's default forbids for anything that feeds a backward matmul. Matmul outputs that the
+default saves are recomputed within a share of the operations that folding and pushing save.
+A z is pinned (computed in forward and saved) where recomputing it would save more bytes than z.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from passes.base import Pass, copy_graph, stands_for, tensor_bytes
 from passes.joint.compress import release
 from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
 from passes.split.late import is_random, recompute_late
-from passes.split.rerun import choose_reruns
+from passes.split.recompute import choose_recomputes
 from passes.split.saved import Kept, exclusive_inputs, kept_for_backward
 from passes.split.sums import keep_sums
 
 log = logging.getLogger(__name__)
 
-# Matmul-class work that torch 2.13's `aggressive_recomputation` would run twice: its
+# Matmul-class operations that torch 2.13's `aggressive_recomputation` would recompute: its
 # list of compute-intensive operations lacks them.
 COSTLY = (
     "_scaled_dot_product",
@@ -53,26 +53,26 @@ COSTLY = (
     "flex_attention",
 )
 
-# Of the operations that the fold removes, the share that may be spent on reruns; the
-# rest is the user's time. docs/design.md has the measurement behind it.
-RERUN_SHARE = 1 / 4
+# Share of the saved operations that recomputing matmuls may spend; the rest shortens the step.
+# docs/design.md has the measurement.
+RECOMPUTE_SHARE = 1 / 4
 
-Halves = tuple[GraphModule, GraphModule]
-Cut = Callable[[GraphModule, int], Halves]  # (joint, number of forward outputs)
+Split = tuple[GraphModule, GraphModule]  # forward, backward
+Cut = Callable[[GraphModule, int], Split]  # (joint, number of forward outputs)
 
 
 @dataclass
 class Compile:
-    """One compile in progress: what the rewrite leaves for the split that follows it."""
+    """One compile in progress: the results of the rewrite that the partition reads."""
 
     record: GraphRecord | None = None
     plain: Graph | None = None  # the joint graph before any pass
     groups: list[list[WeightGradient]] = field(default_factory=list)
-    freed: float = 0.0  # operations that folding and pushing removed
+    freed: float = 0.0  # operations that folding and pushing saved
 
 
 def rewrite(gm: GraphModule, request: Request, todo: list[Pass], state: Compile) -> None:
-    """Run the passes on an annotated joint graph; a failing rewrite leaves the exact graph."""
+    """Run the passes on an annotated joint graph; if one fails, warn and keep the exact graph."""
     found = weight_gradients(gm.graph, set(request.weights))
     state.groups = shared_inputs(found.gradients)
     state.record = record = GraphRecord(refused=dict(found.refused))
@@ -103,20 +103,20 @@ def rewrite(gm: GraphModule, request: Request, todo: list[Pass], state: Compile)
 
 def divide(
     gm: GraphModule, request: Request, outputs: int, state: Compile, default: Cut, exact_first: Cut
-) -> Halves:
-    """Split a joint graph into forward and backward; see the module's docstring.
+) -> Split:
+    """Partition a joint graph into forward and backward; see the module's docstring.
 
-    `default` is torch's own split, whose kept bytes are the "before" of the report;
-    `exact_first` is the same with exact recompute allowed, and None of our additions
-    where the user has set an activation memory budget of their own.
+    `default` is torch's partition, whose saved bytes are the "before" of the report;
+    `exact_first` also allows exact recompute, unless the user has set an activation memory
+    budget.
     """
     before, record, free = None, state.record, request.free
     if state.plain is not None:
         plain, rest = default(GraphModule(gm, state.plain), outputs)
         before = kept_for_backward(plain.graph, outputs, free)
         remember(record, "before", (plain.graph, rest.graph), outputs, free)
-        _mark_reruns(gm.graph, before, free, state.freed)
-    _never_rerun_costly(gm.graph)
+        _mark_recomputes(gm.graph, before, free, state.freed)
+    _never_recompute_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, free, outputs, exact_first)
     _release(forward, backward)
     _keep_less(forward, backward, outputs)
@@ -130,28 +130,28 @@ def divide(
     return forward, backward
 
 
-def _release(*halves: GraphModule) -> None:
-    """What stood between a compression and its reconstruction has done its work."""
-    for half in halves:
-        if release(half.graph):
-            half.recompile()
+def _release(*split: GraphModule) -> None:
+    """Remove the `hold` nodes, which are needed only before the partition."""
+    for gm in split:
+        if release(gm.graph):
+            gm.recompile()
 
 
 def _keep_less(forward: GraphModule, backward: GraphModule, outputs: int) -> None:
-    """On copies: where it fails, the halves are what they were."""
-    ahead, behind = copy_graph(forward.graph), copy_graph(backward.graph)
+    """Run the passes of `passes.split` on copies; if one fails, both graphs stay unchanged."""
+    first, second = copy_graph(forward.graph), copy_graph(backward.graph)
     try:
-        changed = [*keep_sums(ahead, behind, outputs, hint), *recompute_late(behind)]
+        changed = [*keep_sums(first, second, outputs, hint), *recompute_late(second)]
     except Exception:
-        log.exception("running sums are not kept, nor recomputations put off")
+        log.exception("keep_sums or recompute_late failed; the partition stays unchanged")
         return
     if changed:
-        forward.graph, backward.graph = ahead, behind
+        forward.graph, backward.graph = first, second
         forward.recompile()
         backward.recompile()
 
 
-def _pinned_where_it_pays(gm: GraphModule, free: Collection[int], outputs: int, cut: Cut) -> Halves:
+def _pinned_where_it_pays(gm: GraphModule, free: Collection[int], outputs: int, cut: Cut) -> Split:
     joint = copy_graph(gm.graph)
     first = cut(gm, outputs)
     zs = [n for n in first[1].graph.nodes if n.op == "call_function" and stands_for(n)]
@@ -161,18 +161,17 @@ def _pinned_where_it_pays(gm: GraphModule, free: Collection[int], outputs: int, 
     pinned = _pin(joint, pins, outputs)
     second = cut(GraphModule(gm, joint), outputs + pinned)
     _unpin(second[0], outputs, pinned)
-    sizes = [
-        hint(kept_for_backward(half.graph, outputs, free).bytes) for half in (first[0], second[0])
-    ]
+    forwards = (first[0], second[0])
+    sizes = [hint(kept_for_backward(gm.graph, outputs, free).bytes) for gm in forwards]
     return second if sizes[1] < sizes[0] else first
 
 
-def _mark_reruns(graph: Graph, kept: Kept, free: Collection[int], freed: float) -> None:
-    """Choose among the matmul outputs that the default split keeps: no other needs a rerun."""
-    chosen = choose_reruns(
+def _mark_recomputes(graph: Graph, kept: Kept, free: Collection[int], freed: float) -> None:
+    """Mark matmul outputs to recompute, of those that the default partition saves."""
+    chosen = choose_recomputes(
         kept,
         graph.nodes,
-        RERUN_SHARE * freed,
+        RECOMPUTE_SHARE * freed,
         is_free=lambda n: n.meta.get("argument") in free,
         is_costly=lambda n: _is_costly(n) or is_random(n),
         hint=hint,
@@ -183,7 +182,7 @@ def _mark_reruns(graph: Graph, kept: Kept, free: Collection[int], freed: float) 
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def _never_rerun_costly(graph: Graph) -> None:
+def _never_recompute_costly(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and _is_costly(node):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
@@ -200,7 +199,7 @@ def _worth_pinning(backward: Graph, z: Node, free: Collection[int]) -> bool:
 
 
 def _pin(joint: Graph, names: Collection[str], outputs: int) -> int:
-    """Make each z an output of the forward: the partitioner then must compute it there."""
+    """Make each z an output of the forward, so that the partitioner must compute it there."""
     output = joint.output_node()
     values, descs = list(output.args[0]), list(output.meta.get("desc") or ())  # type: ignore[arg-type]
     zs = [n for n in joint.nodes if n.name in names]
@@ -223,7 +222,7 @@ def _unpin(forward: GraphModule, outputs: int, pinned: int) -> None:
 
 
 def _freed(gradients: Sequence[WeightGradient], request: Request) -> int:
-    """Operations that the methods remove, each from the gradients of its own weights."""
+    """Operations that the methods save in the gradients of their weights."""
     asked = {placed.weight: (method, placed) for method, placed in iterate(request.tasks)}
     found = [(asked[g.weight], g) for g in gradients if g.weight in asked]
     return sum(hint(method.freed(g, placed)) for (method, placed), g in found)

@@ -1,4 +1,4 @@
-"""The only loop that runs passes: snapshot, rewrite, clean, check, recompile, time."""
+"""Run passes: snapshot, rewrite, eliminate dead code, check, recompile, time."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Step:
 def run(
     gm: GraphModule, passes: Sequence[Pass], after: Callable[[Pass, Graph], None] | None = None
 ) -> list[Step]:
-    """Run the passes in order; on any error put the graph back as it was and raise.
+    """Run the passes in order; on any error restore the graph and raise.
 
-    `after` sees the graph behind each pass.
+    `after` is called with the graph after each pass.
     """
     if not passes:
         return []
@@ -88,10 +88,7 @@ def _check(graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], o
 
 
 def _computed(graph: Graph) -> list[Any]:
-    """Per output, a value that is equal where it is computed by the same operations.
-
-    A copy, and the tie of an output to ports, compute nothing.
-    """
+    """Per output, a hash of the operations that compute it; clone and attach count as none."""
     known: dict[Node, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -106,7 +103,7 @@ def _computed(graph: Graph) -> list[Any]:
 
 
 def _check_others(before: list[Any], after: list[Any], graph: Graph, one: Pass) -> None:
-    """Raise where an output changed that is no gradient which the pass was asked for."""
+    """Raise AssertionError where an output changed that is no gradient in `one.changes`."""
     gradient_of = graph.output_node().meta["gradient_of"]
     for old, new, weight in zip(before, after, gradient_of, strict=True):
         if old != new and (weight is None or weight not in (one.changes or ())):

@@ -1,4 +1,4 @@
-"""Sizes of a graph's values, which under dynamic shapes are symbols."""
+"""Sizes of a graph's values, which are symbolic under dynamic shapes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from passes.base import arguments
 
 
 def hint(size: Any) -> int:
-    """A size at the compile's own shapes; never installs a guard."""
+    """A size at the shapes of the compile; installs no guard."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
     return int(size)
 
 
 def settled(size: Any, known: Collection[str]) -> Any:
-    """A size as an int, or as a formula in `known` symbols: an RNG state has one of its own."""
+    """A size as an int, or as a formula in `known` symbols; other symbols take their value."""
     if isinstance(size, int):
         return size
     node = size.node
@@ -33,7 +33,7 @@ def settled(size: Any, known: Collection[str]) -> Any:
 
 
 def symbols(graph: Graph) -> dict[str, str]:
-    """Each dynamic size with the first "argument.dimension" that it is of."""
+    """Symbol of each dynamic size -> the first "argument.dimension" that has it."""
     found: dict[str, str] = {}
     for position, node in sorted(arguments(graph).items()):
         for dim, length in enumerate(getattr(node.meta.get("val"), "shape", ())):

@@ -1,4 +1,4 @@
-"""What the coordinates of a small gradient are coordinates of."""
+"""The bases of small gradients: dense = the coordinates expanded by v or P."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from passes.ops import project_back, reconstruct
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """The basis I (x) v, v (M,) of length one: dense = (A (x) v)[:, :D] with A (O, G);
+    """VeLoRA's basis, v (M,) of length one: dense = (A (x) v)[:, :D] with A (O, G).
 
-    if left, that of a transposed weight (D, O): dense = (A^T (x) v)[:, :D]^T with A (G, O).
+    left: of a transposed weight (D, O): dense = (A^T (x) v)[:, :D]^T with A (G, O).
     """
 
     v: Tensor
@@ -26,18 +26,18 @@ class Vector:
 
     @property
     def tensor(self) -> Tensor:
-        """What a compiled graph is handed."""
+        """The input of a compiled graph."""
         return self.v
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The shape of A, for a gradient of `shape`."""
+        """The shape of A for a gradient of `shape`."""
         return small_shape(shape, len(self.v), self.left)
 
     def dense(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
         return spread(coordinates, self.v, shape, self.left)
 
     def isometric(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-        """Numbers with the norm of the dense value: the last sub-token may be cut short."""
+        """A tensor with the norm of the dense value, whose last sub-token may be shorter than M."""
         side = 0 if self.left else 1
         rest = shape[side] % len(self.v)
         if not rest:
@@ -55,9 +55,9 @@ class Vector:
 
 @dataclass(frozen=True, eq=False)
 class Projector:
-    """The basis P of orthonormal columns: dense = P R with R (r, D), P (O, r), if left;
+    """GaLore's basis, P of orthonormal columns: dense = R P^T with R (O, r), P (D, r).
 
-    else dense = R P^T with R (O, r), P (D, r).
+    left: dense = P R with R (r, D), P (O, r).
     """
 
     p: Tensor
@@ -68,11 +68,11 @@ class Projector:
 
     @property
     def tensor(self) -> Tensor:
-        """What a compiled graph is handed."""
+        """The input of a compiled graph."""
         return self.p
 
     def small(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The shape of R, for a gradient of `shape`."""
+        """The shape of R for a gradient of `shape`."""
         rank = self.p.shape[1]
         return (rank, shape[1]) if self.left else (shape[0], rank)
 
@@ -80,7 +80,7 @@ class Projector:
         return project_back(coordinates, self.p.to(coordinates.dtype), self.left)
 
     def isometric(self, coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-        """They are."""
+        """The coordinates, whose norm is that of the dense value."""
         return coordinates
 
     def same(self, other: object) -> bool:
@@ -92,9 +92,9 @@ class Projector:
 
 @dataclass(frozen=True, eq=False)
 class Sketch(Projector):
-    """The other side's basis, for a step that a new P is made from: see `sketch`.
+    """The basis of a sketch, of the other side, on the step of a refresh: see `sketch`.
 
-    warm: its first columns that were chosen; the others are random.
+    warm: number of leading columns from the last R; the others are random.
     """
 
     warm: int = 0
@@ -104,18 +104,18 @@ Basis = Vector | Projector
 
 
 def small_shape(shape: Sequence[int], size: int, left: bool) -> tuple[int, int]:
-    """Of the coordinates of a weight of `shape`, for sub-tokens of `size` channels."""
+    """The shape of the coordinates of a weight of `shape`, for sub-tokens of `size` channels."""
     groups = -(-shape[0 if left else 1] // size)
     return (groups, shape[1]) if left else (shape[0], groups)
 
 
 def spread(small: Tensor, w: Tensor, shape: Sequence[int], left: bool) -> Tensor:
-    """small (x) w, of the weight's shape."""
+    """small (x) w, in the weight's shape."""
     if left:
         return reconstruct(small.t(), w, shape[0]).t()
     return reconstruct(small, w, shape[1])
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Compared only where they are two tensors: neither v nor P is written in place."""
+    """Whether values are equal; compared only for two tensors, as v and P are never overwritten."""
     return one is other or (one.shape == other.shape and torch.equal(one, other))

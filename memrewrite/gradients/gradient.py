@@ -1,17 +1,17 @@
 """ProjectedGrad: a gradient of full shape that stores coordinates and a basis.
 
 `W.grad` of a ported weight. It has W's shape, dtype and device, and takes a fraction of its
-memory. What is linear, and the norm, acts on the coordinates; what it does not know gets
-the dense value, so that any optimizer, hook or logger sees the gradient that it expects:
+bytes. Linear operations and the norm act on the coordinates; any other operation gets the
+dense value, so that any optimizer, hook or logger sees the gradient that it expects:
 
     small   + - += -= of gradients with the same basis, * / by a number, neg, zero_, norm (2),
             clip_grad_norm_, GradScaler's unscaling, clone, detach, copy_, to
-    dense   everything else. An in-place operation of that kind, clip_grad_value_ for one,
-            leaves a ProjectedGrad that is dense from then on (`is_dense`). So does a write
-            through a view of it, `g[0] = 0` or `g.view(-1).mul_(2)`. `detach` and `data`
-            share all of that with the gradient that they are of.
+    dense   everything else. An in-place operation of that kind, such as clip_grad_value_,
+            makes a ProjectedGrad dense from then on (`is_dense`). So does a write through a
+            view, `g[0] = 0` or `g.view(-1).mul_(2)`. `detach` and `data` share their value
+            with the gradient, as for any tensor.
 
-It is pickled as its dense value, so that whatever holds one can be loaded anywhere.
+It is pickled as its dense value, so that a file with one loads without memrewrite.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ aten = torch.ops.aten
 
 
 class _Held:
-    """What a gradient holds, shared with everything that is the same tensor."""
+    """The value of a gradient, shared by it and its `detach` and `data`."""
 
     def __init__(self, coordinates: Tensor) -> None:
         self.coordinates: Tensor | None = coordinates
-        self.value: Tensor | None = None  # dense: while it is dense, or a view of it may live
+        self.value: Tensor | None = None  # dense value: if dense, or if a view of it may exist
         self.views: list[tuple[Tensor, int]] = []  # of `value`, with their versions when made
 
 
 class ProjectedGrad(Tensor):
-    """See the module. Compiled backwards make it; ProjectedGrad(coordinates, basis, shape)."""
+    """ProjectedGrad(coordinates, basis, shape), made by `Port`; see the module's docstring."""
 
     basis: Basis
     _held: _Held
@@ -56,15 +56,15 @@ class ProjectedGrad(Tensor):
 
     @property
     def coordinates(self) -> Tensor | None:
-        """A, (O, G); None where the value is dense."""
+        """The coordinates, such as A (O, G); None if the value is dense."""
         held = self._held
         if any(view._version != seen for view, seen in held.views):
-            held.coordinates, held.views = None, []  # somebody wrote through a view
+            held.coordinates, held.views = None, []  # a view was written to
         return held.coordinates
 
     @property
     def is_dense(self) -> bool:
-        """True once an operation has stored into it what no coordinates can say."""
+        """Whether an operation has stored a value that is no longer coordinates in the basis."""
         return self.coordinates is None
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,7 +74,7 @@ class ProjectedGrad(Tensor):
 
     @property
     def data(self) -> Any:
-        """The gradient, as `.data` of any tensor; a tensor that is put there takes its place."""
+        """As `.data` of any tensor; assigning to it replaces the value."""
         return self.detach()
 
     @data.setter
@@ -89,11 +89,11 @@ class ProjectedGrad(Tensor):
 
     @property
     def stored_bytes(self) -> int:
-        """What it takes in memory, the basis apart."""
+        """Bytes of its storage, excluding the basis."""
         return sum(t.nbytes for t in self.held())
 
     def held(self) -> list[Tensor]:
-        """The plain tensors that it is stored in, the basis apart."""
+        """The plain tensors that store it, excluding the basis."""
         return [t for t in (self.coordinates, self._held.value) if t is not None]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -126,24 +126,24 @@ class ProjectedGrad(Tensor):
                 return result
         return _densely(func, args, kwargs)
 
-    # --- what the handlers below build on ---
+    # --- helpers of the handlers below ---
     def _with(self, coordinates: Tensor) -> ProjectedGrad:
         return ProjectedGrad(coordinates, self.basis, self.shape)
 
     def _same(self) -> ProjectedGrad:
-        """Another tensor that is this one: what is written into either is in both."""
+        """Another tensor with the same value: a write to either changes both."""
         other = self._with(self.held()[0])
         other._held = self._held
         return other
 
     def _viewed(self, value: Tensor, result: Any) -> None:
-        """Views of `value` are out: what is written through them counts."""
+        """Keep track of views of `value`, whose writes change the gradient."""
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         self._held.value = value
         self._held.views += [(leaf, leaf._version) for leaf in leaves]
 
     def _become(self, value: Tensor) -> None:
-        """Hold a value that is no longer coordinates times the basis."""
+        """Store a dense value."""
         held = self._held
         held.coordinates, held.value, held.views = None, value, []
 
@@ -156,7 +156,7 @@ def _small(value: object) -> bool:
 
 
 def _alone(value: object) -> bool:
-    """Small, and no view of its dense value may be alive: coordinates may be written."""
+    """Small, without a view of its dense value: its coordinates may be written in place."""
     return isinstance(value, ProjectedGrad) and _small(value) and value._held.value is None
 
 
@@ -165,7 +165,7 @@ def _number(value: object) -> bool:
 
 
 def _mapped(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Linear, out of place: op(coordinates)."""
+    """A linear operation, out of place: op(coordinates)."""
 
     def handle(g: Any, *args: Any, **kwargs: Any) -> Any:
         if not _small(g) or not all(map(_number, args)):
@@ -186,7 +186,7 @@ def _mapped_in_place(op: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _combined(op: Callable[..., Tensor], in_place: bool) -> Callable[..., Any]:
-    """Of two gradients in one basis."""
+    """A linear operation on two gradients in one basis."""
 
     def handle(g: Any, other: Any, *, alpha: float = 1) -> Any:
         if not (_small(g) and _small(other) and g.basis.same(other.basis)):
@@ -228,14 +228,14 @@ def _norm(
 
 
 def _new_empty_strided(g: Any, size: Any, stride: Any, **kwargs: Any) -> Any:
-    """How autograd clones the first gradient of a parameter."""
+    """Called by autograd to clone the first gradient of a parameter."""
     if not _small(g) or tuple(size) != tuple(g.shape) or kwargs.get("dtype", g.dtype) != g.dtype:
         return NotImplemented
     return g._with(torch.empty_like(g.coordinates))
 
 
 def _empty_like(make: Callable[..., Tensor]) -> Callable[..., Any]:
-    """A plain tensor of the full shape; the values are not read."""
+    """A plain tensor of the full shape, by an operation that reads no values."""
 
     def handle(g: Any, *, dtype: Any = None, layout: Any = None, device: Any = None,
                pin_memory: Any = None, memory_format: Any = None) -> Any:  # fmt: skip
@@ -245,7 +245,7 @@ def _empty_like(make: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _each(op: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
-    """A foreach operation, one tensor at a time: the list may be mixed."""
+    """A foreach operation, one tensor at a time, as only some may be a ProjectedGrad."""
 
     def handle(tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         count = len(tensors)
@@ -312,7 +312,7 @@ _SMALL: dict[Any, Callable[..., Any]] = {
 
 
 def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The operation on dense values; what it writes into is dense from then on."""
+    """Run an operation on dense values; operands that it writes to become dense."""
     written, viewed = _touched(func, args, kwargs)
     values: dict[int, Tensor] = {}
 
@@ -337,7 +337,7 @@ def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _touched(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[ProjectedGrad], list[ProjectedGrad]]:
-    """By the operation's schema: those it writes into, and those its result is a view of."""
+    """By the operation's schema: (operands that it writes to, operands that it views)."""
     written: list[ProjectedGrad] = []
     viewed: list[ProjectedGrad] = []
     for place, argument in enumerate(func._schema.arguments):

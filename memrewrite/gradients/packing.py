@@ -1,7 +1,7 @@
-"""Vectors in an optimizer's state: in the dtype of the weight, without losing a bit.
+"""Vectors in an optimizer's state, stored losslessly in the dtype of the weight.
 
 `Optimizer.load_state_dict` casts every tensor to the dtype of its weight. A v (M,) that this
-dtype cannot hold is stored in several rows that can.
+dtype cannot represent is stored as several rows that it can.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-VECTOR = "vector"  # v, along which the moments of a factored state are
+VECTOR = "vector"  # v of a factored state
 CALIBRATED = "calibrated_vector"  # v of a compressed weight whose moments are full-size
-SUM = "calibrated_sum"  # the sum behind the running mean of one
+SUM = "calibrated_sum"  # the sum of the running mean of such a weight
 BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
 
 def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (M,) as numbers of `dtype` that say the same: x itself, or (1 + n, M).
+    """x (M,) in `dtype` without loss: x itself, or (1 + n, M).
 
     Row 0 is a binary exponent e; the others are pieces, each of as many bits as `dtype` has:
     x = 2^e (piece_1 + 2^-b piece_2 + 2^-2b piece_3 ...).
@@ -26,7 +26,9 @@ def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
     bits, step = BITS[x.dtype], BITS[dtype]
     if bits <= step:
         return x
-    exponent = math.frexp(float(x.abs().max()))[1] - 15  # float16 has more room above than below
+    exponent = (
+        math.frexp(float(x.abs().max()))[1] - 15
+    )  # float16 has a wider range above 1 than below
     rows, rest = [torch.full_like(x, exponent)], x * 2.0**-exponent
     for _ in range(-(-bits // step)):
         rows.append(rest.to(dtype).to(x.dtype))
@@ -35,7 +37,7 @@ def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The x (M,), of `dtype`, that `pack` was given."""
+    """The argument x (M,) of `pack`, in `dtype`."""
     if packed.ndim == 1:
         return packed.to(dtype)
     exponent, pieces, step = int(packed[0, 0]), packed[1:].to(dtype), BITS[packed.dtype]
@@ -46,7 +48,7 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def packed_bytes(size: int, dtype: torch.dtype) -> int:
-    """Of the v (M,) that the state of a weight of `dtype` holds."""
+    """Bytes of a packed float32 v (M,) in the state of a weight of `dtype`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rows = 1 if BITS[wide] <= BITS[dtype] else 1 - (-BITS[wide] // BITS[dtype])
     return rows * size * dtype.itemsize if rows > 1 else size * wide.itemsize

@@ -1,10 +1,9 @@
-"""Ports: how the small gradient of a weight comes out of a compiled backward.
+"""Ports: return the small gradient of a weight from a compiled backward.
 
-A port is an input of zeros that the compiled graph hands its small gradient to: A (O, G) of
-VeLoRA, R (r, D) or (O, r) of GaLore. `Port` makes it from the weight, outside the graph, and
-turns A or R into the weight's gradient on the way back: a ProjectedGrad, accumulated by
-autograd as any other. So hooks on the weight fire, `torch.autograd.grad` returns it, and a
-weight that is not reached gets none.
+A port is an input of zeros whose gradient is the small one: A (O, G) of VeLoRA, R (r, D) or
+(O, r) of GaLore. `Port` makes it from the weight, outside the graph, and its backward turns A or
+R into a ProjectedGrad, the gradient of the weight that autograd accumulates. So hooks on the
+weight fire, `torch.autograd.grad` returns it, and a weight that is not reached gets None.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ _zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 class Port(torch.autograd.Function):
-    """(weight (O, D), its basis, name) -> zeros, of the shape of the coordinates.
+    """(weight (O, D), its basis, name) -> zeros of the shape of the coordinates.
 
-    Backward makes the ProjectedGrad.
+    Backward returns the ProjectedGrad.
     """
 
     @staticmethod
@@ -43,15 +42,15 @@ class Port(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 f"the gradient of {ctx.name} {tuple(ctx.shape)} is to be differentiated "
-                "(create_graph=True), which one that comes in coordinates cannot be; pass "
+                "(create_graph=True), which is not possible in coordinates; pass "
                 "gradients='dense' to memrewrite.VeLoRA or GaLore, or leave the weight out of sites"
             )
         return ProjectedGrad(a, ctx.basis, ctx.shape), None, None
 
 
 def zeros(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros that nobody writes: all ports of a device share one memory."""
-    if type(like) not in (Tensor, nn.Parameter):  # a fake one
+    """Zeros that are never written, so that all ports of a device share one storage."""
+    if type(like) not in (Tensor, nn.Parameter):  # a fake tensor
         return like.new_zeros(rows, columns)
     key = like.device, like.dtype
     known = _zeros.get(key)
@@ -72,7 +71,7 @@ def attach_ports(gm: GraphModule, ports: Sequence[Node]) -> None:
 
 
 def trained_outputs(gm: GraphModule) -> list[Node]:
-    """Those of Dynamo's graph that have a gradient; a loss, where there is one, first."""
+    """The outputs of Dynamo's graph that require gradients; a scalar loss, if any, first."""
     returned: Any = gm.graph.output_node().args[0]
     found = [n for n in returned if isinstance(n, Node) and _is_trained(n)]
     return sorted(found, key=lambda n: int(n.meta["example_value"].ndim))

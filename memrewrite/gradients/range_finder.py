@@ -1,8 +1,8 @@
-"""Where GaLore's basis comes from: r orthonormal columns that hold most of a gradient.
+"""GaLore's projector: r orthonormal columns that capture most of a gradient's energy.
 
-A basis is defined up to signs and rotations, and Adam's moments live in its coordinates.
-Every refresh therefore ends in singular vectors, ordered by singular value, with signs
-that agree with the basis before: column j keeps the meaning that moment j has.
+A basis is defined up to signs and rotations, and Adam's moments are in its coordinates.
+Every refresh therefore returns singular vectors, ordered by singular value, with signs
+that agree with the previous basis, so that moment j keeps its column j.
 Runs outside any compiled graph, in float32 (float64 for float64 gradients).
 Sources: Zhao et al. 2024, arXiv:2403.03507, algorithm 2; Halko, Martinsson & Tropp 2011,
 algorithms 4.4 and 5.1 (range finder, power iteration); Robert et al. 2024 (LDAdam),
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 ZERO = "the gradient is zero"
-OVERSAMPLING = 16  # columns beyond r
-ENOUGH = 0.99  # of a gradient's energy: no basis holds much more
-GAIN = 0.005  # a round of power iteration that adds less of the energy was the last
+OVERSAMPLING = 16  # columns in addition to r
+ENOUGH = 0.99  # share of a gradient's energy at which power iteration stops
+GAIN = 0.005  # and the gain of a round below which it stops
 ROUNDS = 6
 
 
@@ -36,10 +36,10 @@ class Refreshed:
 def refresh(
     gradient: Tensor, old: Tensor | None, rank: int, left: bool, method: str, seed: int
 ) -> Refreshed | str:
-    """The new basis of a gradient (O, D, ...), or why there is none: the old one stays."""
+    """The new basis of a gradient (O, D, ...), or the reason why there is none."""
     a = _matrix(gradient, left)  # (side, other)
     norm = float(torch.linalg.vector_norm(a))
-    if not 0.0 < norm < math.inf:  # or its squares overflow, or vanish
+    if not 0.0 < norm < math.inf:  # else its squares may overflow or underflow
         largest = float(a.abs().max())
         if largest == 0.0:
             return ZERO
@@ -72,11 +72,13 @@ def _exact(a: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
 def _randomized(a: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
     """Range finder with power iteration, then the singular vectors within that range.
 
-    A round costs two matmuls with G and one thin QR. Rounds follow while they add energy,
-    as they do where singular values fall slowly.
+    A round costs two matmuls with G and one thin QR. Rounds are repeated while they add energy,
+    as they do where singular values decay slowly.
     """
     k = min(rank + OVERSAMPLING, *a.shape)
-    generator = torch.Generator(a.device).manual_seed(seed)  # the global one is the user's
+    generator = torch.Generator(a.device).manual_seed(
+        seed
+    )  # not the global one, which is the user's
     test = torch.randn(a.shape[1], k, generator=generator, dtype=a.dtype, device=a.device)
     q = _orthonormal(a @ test)  # (side, k)
     held = a.t() @ q  # (other, k)
@@ -102,7 +104,7 @@ def _orthonormal(x: Tensor) -> Tensor:
     return q
 
 
-# Of a matrix (side, other) with norm 1: its basis (side, r), and the energy that it holds.
+# matrix (side, other) of norm 1 -> (basis (side, r), its share of the energy).
 METHODS: dict[str, Callable[[Tensor, int, int], tuple[Tensor, float]]] = {
     "svd": _exact,
     "randomized": _randomized,
@@ -110,9 +112,9 @@ METHODS: dict[str, Callable[[Tensor, int, int], tuple[Tensor, float]]] = {
 
 
 def aligned(basis: Tensor, old: Tensor | None) -> Tensor:
-    """The same columns with the signs that bring each nearest to its forerunner.
+    """The same columns, each with the sign that is nearest to its column of `old`.
 
-    Without one, each column's largest entry is made positive.
+    Without `old`, each column's largest entry is made positive.
     """
     if old is None:
         pivot = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0]  # (r,)
@@ -124,11 +126,11 @@ def aligned(basis: Tensor, old: Tensor | None) -> Tensor:
 def rotate_moments(
     state: dict[str, Tensor], new: Tensor, old: Tensor, left: bool, bias1: float, bias2: float
 ) -> None:
-    """Carry Adam's moments from the old coordinates into the new, in place.
+    """Transform Adam's moments from the old coordinates to the new, in place.
 
     With T = P_new^T P_old and bias-corrected moments: m <- T m, and the second moment as
     mean^2 + variance of independent coordinates, |T^2 (v - m^2) + (T m)^2| (LDAdam's
-    projection-aware update). amsgrad's maximum goes by T^2 alone.
+    projection-aware update). amsgrad's maximum is transformed by T^2 only.
     """
     wide = torch.promote_types(new.dtype, torch.float32)
     turn = new.to(wide).t() @ old.to(wide)  # (r, r)

@@ -1,21 +1,20 @@
-"""A projector without the full gradient: what the refreshes of small gradients read.
+"""Refresh a projector from a sketch, without the full gradient.
 
-Between refreshes a backward returns R, dW in the coordinates of P. On the step of a refresh it
-returns, in the same way, dW in the coordinates of a basis B of k = r + 16 columns of the *other*
-side, the sketch
+Between refreshes, backward returns R, dW in the coordinates of P. On the step of a refresh it
+returns dW in the coordinates of a basis B of k = r + 16 columns of the *other* side, the sketch
 
     left     P (O, r)     B (D, k)     S = dW B     (O, k)
     right    P (D, r)     B (O, k)     S = dW^T B   (D, k)
 
 and the r leading left singular vectors of S are the new P. B's first columns span the
-mean of the latest R that Adam keeps: S is then one more round of a power iteration that runs
-through the steps, as in PowerSGD. The other columns are random, orthogonal to those; they find
-what is new, and their energy tells what B misses. The update of that step reads P^T S B^T in
-place of P^T dW: what is outside B is left out of this one step.
+mean of R that Adam keeps (its first moment): S is then one more round of a power iteration over
+the steps, as in PowerSGD. The other columns are random and orthogonal to those; they find new
+directions, and their energy estimates what B misses. The update of that step reads P^T S B^T in
+place of P^T dW, which drops the part of dW outside B for this one step.
 
-The first steps have no R to start from: there are refreshes at steps 0, 2 and 4 as well.
+The first steps have no R to start from, so there are also refreshes at steps 0, 2 and 4.
 Sources: Halko, Martinsson & Tropp 2011, algorithm 4.4; Vogels et al. 2019, arXiv:1905.13727
-(a warm start for it).
+(PowerSGD, the warm start); their combination: design.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from memrewrite.gradients.basis import Projector, Sketch
 from memrewrite.gradients.range_finder import OVERSAMPLING, Refreshed
 from passes.ops import project
 
-EARLY = (2, 4)  # steps with a refresh of their own
+EARLY = (2, 4)  # additional steps with a refresh
 
 
 def is_due(done: int, every: int) -> bool:
-    """Whether the step behind `done` others is to bring a sketch."""
+    """Whether the gradient of the step after `done` others is a sketch."""
     return done % every == 0 or (done in EARLY and done < every)
 
 
 def width(rank: int, other: int) -> int:
-    """Columns of a sketch's basis."""
+    """Number of columns of a sketch's basis."""
     return min(rank + OVERSAMPLING, other)
 
 
@@ -52,10 +51,10 @@ def start(
     columns: Tensor | None = None,
     done: int = 0,
 ) -> Sketch:
-    """The basis of the next sketch of a weight (O, D), behind `done` steps.
+    """The basis of the next sketch of a weight (O, D), after `done` steps.
 
-    columns: the mean of the latest R that Adam keeps, (r, D) or (O, r); without it all of the
-    basis is random, the same for the same name and step, on every rank.
+    columns: Adam's mean of R, (r, D) or (O, r); if None, all columns are random. Random columns
+    depend only on the name and the step, so that they are the same on every rank.
     """
     other = like.shape[1] if left else like.shape[0]
     columns_of_b = width(rank, other)
@@ -75,10 +74,10 @@ def start(
 def following(
     name: str, like: Tensor, rank: int, left: bool, state: Mapping[str, Tensor], due: bool
 ) -> Projector:
-    """The basis that the next gradient of a weight (O, D) comes in, by its optimizer's state.
+    """The basis of the next gradient of a weight (O, D), by its optimizer's state.
 
-    due: a refresh comes next. A function of the state alone, so that a run goes on bit by bit
-    from a checkpoint of it.
+    due: the next step is a refresh. Depends only on the state, so that a run resumed from a
+    checkpoint is bit-equal.
     """
     if not due:
         return Projector(state["projector"], left)
@@ -88,11 +87,10 @@ def following(
 def refresh(
     sketch: Tensor, basis: Sketch, old: Tensor | None, rank: int, shape: Sequence[int]
 ) -> Refreshed | str:
-    """The new P from a gradient in the coordinates of `basis`, or why there is none.
+    """The new P from a sketch in `basis`, or the reason why there is none.
 
-    Its energy is an estimate of what P holds of the full gradient of `shape`. P was fitted to the
-    random columns that it is made from, so it is rather too high: a median of 2 to 8 % where
-    measured.
+    Its energy estimates the share of the full gradient, of `shape`, that P captures. It is biased
+    upwards, as P is fitted to the same random columns: a median of 2 to 8 % where measured.
     """
     s = _columns(sketch, basis.left)  # (side, k)
     found = range_finder.refresh(s, old, rank, left=True, method="svd", seed=0)
@@ -103,7 +101,7 @@ def refresh(
 
 
 def _energy(s: Tensor, basis: Sketch, other: int) -> float:
-    """Of the gradient that a sketch is of: the random columns stand for all that B misses."""
+    """The estimated energy of the sketched gradient: random columns are scaled up to all others."""
     drawn = s.shape[1] - basis.warm
     share = (other - basis.warm) / drawn if drawn else 0.0
     squares = s.double().square()
@@ -111,7 +109,7 @@ def _energy(s: Tensor, basis: Sketch, other: int) -> float:
 
 
 def coordinates(sketch: Tensor, basis: Projector, p: Tensor, left: bool) -> Tensor:
-    """R in the new P, as far as the sketch has it: (r, D) or (O, r)."""
+    """R in the new P, (r, D) or (O, r), of the part of the gradient in the sketch."""
     if left:  # S (O, k), B (D, k)
         return project(sketch, p, left) @ basis.p.to(sketch.dtype).t()
     return basis.p.to(sketch.dtype) @ project(sketch, p, left)  # S^T (k, D), B (O, k)

@@ -1,9 +1,9 @@
-"""MEMREWRITE_DUMP=DIR: every compiled model of a program leaves its dump, with no code change.
+"""MEMREWRITE_DUMP=DIR: dump every compiled model of a program, without a change to its code.
 
 A dump is written when a graph is compiled, when an optimizer update is built, and at the
-end of the program, so that one that fails half-way leaves what there was. Models are
-numbered: DIR/0-LlamaForCausalLM; under torchrun DIR/rank1/0-LlamaForCausalLM. Nothing that goes
-wrong here reaches the program: it is logged.
+end of the program, so that a program that fails also leaves dumps. Models are numbered:
+DIR/0-LlamaForCausalLM; under torchrun DIR/rank1/0-LlamaForCausalLM. Errors here are logged, and
+never raised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memrewrite.inspect.dump import dump_session
 from memrewrite.session.session import Session
 
 VARIABLE = "MEMREWRITE_DUMP"
-PAUSE = 10  # times the last dump's duration until the next: a model may have many graphs
+PAUSE = 10  # wait this many times the last dump's duration, as a model may have many graphs
 log = logging.getLogger(__name__)
 _places: weakref.WeakKeyDictionary[Session, Path] = weakref.WeakKeyDictionary()
 _next: weakref.WeakKeyDictionary[Session, float] = weakref.WeakKeyDictionary()
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 def follow(session: Session) -> None:
-    """Dump this session whenever it changes, where the environment asks for it."""
+    """Dump this session whenever it changes, if the environment variable is set."""
     directory = os.environ.get(VARIABLE)
     model = session.model()
     if not directory or model is None:
@@ -43,7 +43,7 @@ def follow(session: Session) -> None:
 
 
 def write_all() -> None:
-    """Write the dumps that are owed: those of models that changed since their last."""
+    """Write the dumps of all models that have changed since their last one."""
     for session in list(_owed):
         _write(session)
 

@@ -1,13 +1,13 @@
 """dump(model, directory): every graph, before and after each pass, as text, data and a page.
 
-    DIR/index.html                   all of it in one page that needs no network
-    DIR/dump.json                    everything but the listings, for machines; and the report
+    DIR/index.html                   all of it in one page, readable offline
+    DIR/dump.json                    everything except the listings, and the report, as data
     DIR/report.txt                   memrewrite.report(model).full()
     DIR/graph0/0-joint.txt           the joint graph as AOTAutograd traced it
-    DIR/graph0/1-<pass>.txt, .diff   behind each pass, and what it changed
+    DIR/graph0/1-<pass>.txt, .diff   after each pass, and the difference to before
     DIR/graph0/forward.txt, backward.txt
     DIR/update0/0-captured.txt       torch's optimizer update of one kind of weight
-    DIR/update0/1-<pass>.txt, .diff  ... and what was made of it
+    DIR/update0/1-<pass>.txt, .diff  ... after each pass
     DIR/update0/scalars.txt, body.txt, writes.txt
 
 Graphs are numbered in the order in which they were compiled.
@@ -34,17 +34,17 @@ from memrewrite.session.session import Session, known_session, parts_of
 from memrewrite.version import __version__
 
 MARK = "dump.json"
-HALVES = ("forward", "backward", "scalars", "body", "writes")  # what no pass made
+RESULTS = ("forward", "backward", "scalars", "body", "writes")  # stages that follow the passes
 Stages = list[tuple[str, str]]  # name, listing
 
 
 def dump(model: nn.Module, directory: str | Path) -> Path:
     """Write every graph of a compiled model under `directory`; returns it.
 
-    Works on a warm compile cache. A former dump there is overwritten. Raises ValueError
-    for a model that memrewrite did not compile or that has not run yet, FileExistsError
-    for a directory that holds anything else, and OSError where it cannot be written. Of a
-    model whose parts were compiled one by one, each has a directory in it, named by its path.
+    Also works where graphs come from the compile cache. Overwrites an earlier dump. If submodules
+    were compiled separately, each has a subdirectory, named by its path. Raises ValueError for a
+    model that memrewrite did not compile or that has not run yet, FileExistsError for a directory
+    that has other files, and OSError where it cannot be written.
     """
     own = known_session(model)
     if own is not None:
@@ -62,13 +62,13 @@ def dump_session(session: Session, model: nn.Module, directory: Path) -> Path:
     if not session.graphs:
         raise ValueError(NOTHING_YET)
     target = _prepared(directory)
-    told = report_of(session, model)
-    texts: dict[str, str] = {"report.txt": f"{told.full()}\n"}
+    report = report_of(session, model)
+    texts: dict[str, str] = {"report.txt": f"{report.full()}\n"}
     record: dict[str, Any] = {
         "memrewrite": __version__,
         "torch": torch.__version__,
         "model": type(model).__name__,
-        "report": {**told.to_dict(), "status": told.status},
+        "report": {**report.to_dict(), "status": report.status},
         "graphs": [],
         "updates": [],
     }
@@ -93,7 +93,7 @@ def _prepared(target: Path) -> Path:
         raise FileExistsError(f"{target} is a file; name a directory for the dump")
     if target.is_dir() and any(target.iterdir()) and not (target / MARK).exists():
         raise FileExistsError(
-            f"{target} is a directory that holds something else than a dump; name an empty one"
+            f"{target} is a directory that holds something other than a dump; name an empty one"
         )
     for old in sorted(target.glob("*/*.txt")) + sorted(target.glob("*/*.diff")):
         if old.parent.name.startswith(("graph", "update")):
@@ -103,7 +103,7 @@ def _prepared(target: Path) -> Path:
 
 
 def _variants(session: Session) -> Iterator[tuple[list[str], Variant]]:
-    """Every compiled graph with the names of the weights that it is called with."""
+    """Every compiled graph, with the names of the weights that it is called with."""
     for graph in session.graphs:
         for variant in graph.variants.values():
             mine = (b for b in graph.bindings.values() if b.variant is variant)
@@ -123,13 +123,13 @@ def _graph(variant: Variant) -> dict[str, Any]:
 
 
 def _stages(folder: str, stages: Stages, texts: dict[str, str]) -> list[dict[str, Any]]:
-    """A file per stage, a diff per pass; returns what each one inserted and removed."""
+    """Add a file per stage and a diff per pass to `texts`; returns data on each stage."""
     rows: list[dict[str, Any]] = []
     for index, (name, text) in enumerate(stages):
-        stem = f"{folder}/{name}" if name in HALVES else f"{folder}/{index}-{name}"
+        stem = f"{folder}/{name}" if name in RESULTS else f"{folder}/{index}-{name}"
         texts[f"{stem}.txt"] = text
         row: dict[str, Any] = {"name": name, "file": f"{stem}.txt"}
-        if index and name not in HALVES:
+        if index and name not in RESULTS:
             before, old = stages[index - 1]
             new, gone = changed(old, text)
             row["inserted"] = [described(*node) for node in new.items()]

@@ -1,4 +1,4 @@
-"""The optimizer's rows of `report`: what each parameter's state takes, and why."""
+"""The optimizer's rows of `report`: the bytes of each parameter's state, and the reason."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ NOT_ATTACHED = (
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """One trained parameter. Bytes are of exp_avg, exp_avg_sq (and its maximum), and P or v.
+    """One trained parameter. Bytes count exp_avg, exp_avg_sq (and its maximum), and P or v.
 
-    projected: GaLore, an approximate update. factored: VeLoRA's small gradient, from which
-    the update is that of stock Adam on the full one, exactly. gradient_after is what a gradient
-    takes that comes in coordinates, of a projected weight between refreshes.
+    projected: by GaLore, an approximate update. factored: from VeLoRA's small gradient, an update
+    equal to that of torch's Adam on the full one. gradient_after: bytes of a small gradient; of a
+    projected one, between refreshes.
     """
 
     name: str
     shape: tuple[int, ...]
     decision: Literal["projected", "factored", "stored", "plain"]
-    reason: str  # of a plain one
-    side: str  # "left" or "right" of a projected one
+    reason: str  # why it is plain
+    side: str  # "left" or "right" if projected
     rank: int | None
-    bytes_before: int  # stock Adam's
+    bytes_before: int  # by torch's Adam
     bytes_after: int
-    last_refresh: int | None  # the step, from 1
+    last_refresh: int | None  # its step, counted from 1
     energy: float | None  # |P^T G|^2 / |G|^2 at that refresh
     failed_refreshes: int
     gradient_before: int
@@ -53,7 +53,7 @@ class OptimizerRow:
 
 
 def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerRow, ...], str]:
-    """(rows, status): nothing where neither gradients nor their moments are small."""
+    """(rows, status); both empty if no method changes gradients or moments."""
     small = session.returned(Vectors)
     if session.galore is None and session.moments is None and not small:
         return (), ""
@@ -81,11 +81,11 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
 
 @dataclass(frozen=True)
 class _Served:
-    """A parameter in the hands of an optimizer."""
+    """A parameter and its optimizer."""
 
     target: Target | None
     state: dict[str, Any]
-    moments: int  # that stock Adam would keep
+    moments: int  # number that torch's Adam would keep
 
 
 NOBODY = _Served(None, {}, 2)

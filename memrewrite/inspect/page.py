@@ -1,8 +1,8 @@
-"""The dump as one HTML file: it needs no network, no server and no other file.
+"""The dump as one HTML file, which needs no network, server or other file.
 
-`page.html` is the template; its script draws everything from the data put in at one place.
-Listings are embedded compressed, and unpacked where they are looked at. Names and source
-lines are arbitrary text: they travel as data and become text nodes, never markup.
+`page.html` is the template; its script renders the data that is inserted in one place.
+Listings are embedded compressed, and unpacked when they are shown. Names and source
+lines are arbitrary text: they are embedded as data and become text nodes, never markup.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACEHOLDER = "@DATA@"
-MARKUP = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&"})  # `</script>`, `<!--` and the like
+MARKUP = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&"})  # as in `</script>`, `<!--`
 
 
 def page(record: dict[str, Any], texts: dict[str, str]) -> str:
-    """The document for a dump: `record` is dump.json, `texts` its files by the names it gives."""
+    """The HTML document of a dump: `record` is dump.json, `texts` its files by name."""
     data = {
         "record": _finite(record),
         "texts": {name: _packed(text) for name, text in texts.items()},
@@ -34,13 +34,13 @@ def _packed(text: str) -> str:
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that is harmless within a script element: no markup, and ASCII only."""
+    """JSON that is safe within a script element: no markup, and ASCII only."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.translate(MARKUP)
 
 
 def _finite(value: Any) -> Any:
-    """The same data, null for each number that JSON has no word for."""
+    """The same data, with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

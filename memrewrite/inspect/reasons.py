@@ -1,4 +1,4 @@
-"""Why each weight of a report is what it is, in words."""
+"""The reason column of a report: what is saved for each weight, and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Reading:
 
 
 def readings_of(graphs: list[Binding]) -> dict[str, list[Reading]]:
-    """Per name, every input it has in the last graph that has it."""
+    """Name -> its readings in the last graph that has it."""
     readings: dict[str, list[Reading]] = {}
     for graph in graphs:
         seen: dict[str, list[Reading]] = {}
@@ -41,7 +41,7 @@ def readings_of(graphs: list[Binding]) -> dict[str, list[Reading]]:
 
 
 def asked_of(session: Session, found: list[Weight]) -> dict[str, Method]:
-    """The first method that each weight was selected for."""
+    """Name -> the first method that selects the weight."""
     asked: dict[str, Method] = {}
     for method in session.methods:
         if method.compresses:
@@ -88,7 +88,7 @@ def _one_reason(session: Session, reading: Reading) -> str:
 
 
 def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str) -> str:
-    """What is kept for a weight that reads z in place of x."""
+    """The reason for a weight that reads z in place of x."""
     gain = f"; {method.gain}" if method.gain else ""
     if entry.outcome == "kept":
         return f"x kept alive by {by}: frees no bytes{gain}"
@@ -100,7 +100,7 @@ def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str
 
 
 def _of_exact(session: Session, entry: InputRecord) -> str:
-    """What is kept for a weight that reads x itself."""
+    """The reason for a weight that reads x itself."""
     if entry.outcome == "kept":
         return "x kept"
     if entry.outcome == "recomputed":

@@ -1,4 +1,4 @@
-"""report(model): one row per weight that feeds a matmul, and what the rewrite saved in all."""
+"""report(model): one row per weight that a matmul reads, and the total of saved bytes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Row:
     shape: tuple[int, ...]
     decision: Literal["compressed", "exact"]
     reason: str
-    bytes_before: int  # what torch.compile's default partition keeps
-    bytes_after: int  # what ours keeps
+    bytes_before: int  # saved by torch.compile's default partition
+    bytes_after: int  # saved by ours
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Report:
     optimizer: tuple[OptimizerRow, ...] = ()
     optimizer_status: str = ""
     dominates: str = ""
-    calls: tuple[int, int] = (0, 0)  # of the latest that trained: (without our graphs, all)
+    calls: tuple[int, int] = (0, 0)  # latest training calls: (eager ones, all)
     missed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,17 +103,17 @@ def _line(fold: Fold[Row]) -> tuple[Any, ...]:
 def report(model: nn.Module) -> Report:
     """What was rewritten in a model compiled by memrewrite, and why the rest was not.
 
-    "after" is what the compiled forward keeps for backward, to the byte, at the shapes
-    of the last compile; parameters, buffers and the vectors v are not counted. "before"
-    is what torch.compile's default partition keeps of the same joint graph, taken before
-    Inductor's own simplifications, which may save it a few constants more. An input that
-    several weights share is counted at the first of them.
-    `optimizer` has one row per trained parameter where GaLore is on; the bytes of its
-    state are predicted until an optimizer has stepped.
-    `peak_bytes_before` and `peak_bytes_after` in the totals are predicted from the liveness
-    of the largest graph: activations and gradients, without what lives all the time.
-    A model whose parts were compiled one by one, or that holds one in a wrapper as DDP does,
-    has the rows of them all, named by where they are.
+    "after" is the exact number of bytes that the compiled forward saves for backward, at the
+    shapes of the last compile, excluding parameters, buffers and vectors v. "before" is that of
+    torch.compile's default partition of the same joint graph, before Inductor's simplifications,
+    which may save a few constants less. An input that several weights share is counted at the
+    first of them.
+    `optimizer` has one row per trained parameter if a method changes gradients or moments; the
+    bytes of state are predicted until an optimizer has stepped.
+    `peak_bytes_before` and `peak_bytes_after` in the totals are predicted by the liveness of the
+    largest graph: activations and gradients, excluding what is always live.
+    If submodules, or a model inside a wrapper, were compiled separately, the rows are those of
+    all, with their paths.
     Raises ValueError for a model of which memrewrite compiled nothing.
     """
     own = known_session(model)
@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _gathered(reports: list[tuple[str, Report]]) -> Report:
-    """One report of several parts: their sums, and the largest of their peaks."""
+    """One report of several submodules: the sums of bytes, and the largest peak."""
     totals = [part.totals for _, part in reports]
     peaks = {key: max(t[key] for t in totals) for key in totals[0] if key.startswith("peak_")}
     formulas = {
@@ -135,8 +135,8 @@ def _gathered(reports: list[tuple[str, Report]]) -> Report:
     sums = {key: sum(t[key] for t in totals) for key in totals[0] if key in others}
 
     def lines(of: str) -> str:
-        told = ((path, getattr(part, of)) for path, part in reports)
-        return "\n".join(f"{path}: {text}" for path, text in told if text)
+        texts = ((path, getattr(part, of)) for path, part in reports)
+        return "\n".join(f"{path}: {text}" for path, text in texts if text)
 
     return Report(
         tuple(_moved(row, path) for path, part in reports for row in part.sites),
@@ -202,7 +202,7 @@ def _row(weight: Weight, decision: Any, reason: str, before: int, after: int) ->
 
 
 def _latest(graphs: list[Binding]) -> list[GraphRecord]:
-    """The last record of each piece of the program: a recompile replaces its forerunner."""
+    """The last record of each captured graph: a recompile replaces the earlier one."""
     pieces: dict[frozenset[str], GraphRecord] = {}
     for graph in graphs:
         pieces[frozenset(graph.names.values())] = graph.variant.record

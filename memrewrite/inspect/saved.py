@@ -1,4 +1,4 @@
-"""saved_tensors(model, *inputs): what the compiled forward really keeps for backward."""
+"""saved_tensors(model, *inputs): the tensors that a compiled forward saves for backward."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Kind = Literal["exact", "compressed", "parameter", "buffer", "input", "vector", 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One tensor that autograd holds between forward and backward.
+    """One tensor that autograd saves between forward and backward.
 
-    bytes: of its memory, at the first row that holds it; 0 for later views of the same.
-    kind: "exact" or "compressed" (a z) activations; "parameter", "buffer", "input" and
-        "vector" (VeLoRA's v) live anyway; "outside" was saved by code that is not compiled.
+    bytes: of its storage, at the first row that has it; 0 for further views of it.
+    kind: "exact" or "compressed" (a z) for activations; "parameter", "buffer", "input" and
+        "vector" (VeLoRA's v), which are live anyway; "outside" if saved by uncompiled code.
     used_by: the operations in backward that read it.
     """
 
@@ -42,16 +42,16 @@ class SavedTensor:
 
     @property
     def lives_anyway(self) -> bool:
-        """True for memory that exists whether or not backward needs it."""
+        """Whether its storage is live even if backward does not read it."""
         return self.kind in ("parameter", "buffer", "input", "vector")
 
 
 class SavedTensors(list[SavedTensor]):
-    """The rows, with their sum; printable as a table, the largest first."""
+    """The rows, printable as a table, the largest first, with their sum."""
 
     @property
     def bytes(self) -> int:
-        """Of activations: what lives anyway is not counted."""
+        """Total of activations, excluding what is live anyway."""
         return sum(row.bytes for row in self if not row.lives_anyway)
 
     def __str__(self) -> str:
@@ -78,16 +78,15 @@ class SavedTensors(list[SavedTensor]):
 
 
 def saved_tensors(model: nn.Module, *args: Any, **kwargs: Any) -> SavedTensors:
-    """Run one forward of a compiled model and list what it keeps for backward.
+    """Run one forward of a compiled model and list the tensors that it saves for backward.
 
-    The bytes are those that `torch.autograd.graph.saved_tensors_hooks` counts, each memory
-    once. The model compiles if it has not yet. RNG state and buffers are put back.
-    Raises ValueError for a model that memrewrite did not compile, and where gradients are
-    turned off.
+    The bytes are those that `torch.autograd.graph.saved_tensors_hooks` counts, each storage
+    once. Compiles the model if needed. Restores RNG state and buffers. Raises ValueError for a
+    model that memrewrite did not compile, and where gradients are disabled.
     """
     session_of(model)
     refuse_options(model, kwargs, "saved_tensors")
-    model = inner(model)  # a forward of DDP's own would await a backward
+    model = inner(model)  # a forward of the DDP would expect a backward
     if not torch.is_grad_enabled():
         raise ValueError("gradients are turned off, so nothing is saved; leave torch.no_grad()")
     given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
@@ -100,7 +99,7 @@ def saved_tensors(model: nn.Module, *args: Any, **kwargs: Any) -> SavedTensors:
     with _side_effects_undone(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = model(*args, **kwargs)
     rows = SavedTensors(_rows(model, given, packed))
-    del result  # alive until here: no memory was freed and its address used again
+    del result  # alive until here, so that no freed address was used again
     return rows
 
 
@@ -146,7 +145,7 @@ def _rows(
 def _described(
     packed: Sequence[tuple[Tensor, Binding | None]],
 ) -> Iterator[tuple[Tensor, KeptRecord | None]]:
-    """Each packed tensor with the record of it: autograd packs in the order of the graph's."""
+    """Each packed tensor with its record: autograd packs in the order of the graph's outputs."""
     waiting: dict[int, list[KeptRecord]] = {}
     for tensor, binding in packed:
         if binding is None:

@@ -1,13 +1,13 @@
-"""Notice models that train without us: copies, loaded pickles, calls that go around ours.
+"""Warn of models that train without the rewrite: copies, unpickled models, bypassed calls.
 
-A copy of a compiled model is an eager model, and an outer torch.compile (a trainer's own
-flag, say) traces through a compiled one with its own backend. Only at an optimizer's step
-is it certain that such a model trains and does not merely evaluate, as an average of
-weights does. So every step asks, at the price of comparing a few counters:
+A copy of a compiled model is an eager model, and an outer torch.compile (such as a trainer's
+flag) traces through a compiled one with its own backend. Only an optimizer's step shows that
+such a model is trained, and not only evaluated, as an average of weights is. So every step
+checks, at the cost of comparing a few counters:
 
-    a model of ours whose parameters step without a counted call    someone goes around us
-    parameters of a copy, which told us when it was made             it was not compiled
-    a parameter that bears our mark and belongs to no model of ours  it was loaded, or taken out
+    a compiled model whose parameters step without a counted call    its call is bypassed
+    parameters of a copy, which was registered when it was made      the copy is not compiled
+    a marked parameter that belongs to no compiled model             unpickled, or taken out
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from memrewrite.errors import warn
 from memrewrite.optim.full_gradients import uncompiled
 from memrewrite.session.session import Session
 
-MARK = "_memrewrite"  # a name in a model's and in a parameter's __dict__
+MARK = "_memrewrite"  # key in the __dict__ of a model and of a parameter
 COMPILED = "compiled"
-QUIET = 3  # steps in a row without a call, of a model that had some
+QUIET = 3  # consecutive steps without a call before a model that had calls is reported
 _followed: list[weakref.ref[Session]] = []
 _copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_changes = [0]  # models compiled, restored and copied so far
+_changes = [0]  # number of models compiled, restored and copied so far
 _installed: list[Any] = []
 
 
 class Origin:
-    """In a compiled model's __dict__: is told of its deep copies, and pickles as a string."""
+    """In a compiled model's __dict__: it registers deep copies, and is pickled as a string."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         model = self.model()
-        copied = memo.get(id(model))  # made before its contents are copied
+        copied = memo.get(id(model))  # created before its contents are copied
         if model is None or not isinstance(copied, nn.Module):
             return COMPILED
         _copies.add(copied)
@@ -54,42 +54,42 @@ class Origin:
 
 @dataclass
 class _Stepped:
-    """A model of ours, in the hands of one optimizer."""
+    """A compiled model and one optimizer that steps its parameters."""
 
     session: weakref.ref[Session]
-    calls: int = 0  # that it had had at the last step
+    calls: int = 0  # its number of calls at the last step
     quiet: int = 0  # steps since then
 
 
 @dataclass
 class _Known:
-    """What an optimizer steps, read off its parameters once."""
+    """What an optimizer steps, by its parameters; computed once."""
 
     key: tuple[int, int]
     ours: list[_Stepped] = field(default_factory=list)
     copies: list[weakref.ref[nn.Module]] = field(default_factory=list)
-    marked: list[nn.Parameter] = field(default_factory=list)  # of no model that we know
+    marked: list[nn.Parameter] = field(default_factory=list)  # of no known model
 
 
 _known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
 
 
 def follow(session: Session, model: nn.Module) -> None:
-    """Watch a model that has just been compiled, and what is copied from it."""
+    """Watch a model that has just been compiled, and its copies."""
     _followed.append(weakref.ref(session))
     _changes[0] += 1
     _copies.discard(model)
     model.__dict__[MARK] = Origin(model)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    for parameter in (trained or parameters)[:1]:  # torch.save keeps this, a state_dict does not
+    for parameter in (trained or parameters)[:1]:  # pickled by torch.save, but not in a state_dict
         parameter.__dict__[MARK] = COMPILED
     if not _installed:
         _installed.append(register_optimizer_step_post_hook(uncompiled(_after_step)))
 
 
 def forget(session: Session, model: nn.Module) -> None:
-    """Ask no more of a session: its model runs eagerly again."""
+    """Stop watching a session, whose model runs eagerly again."""
     _followed[:] = [reference for reference in _followed if reference() not in (session, None)]
     _changes[0] += 1
     model.__dict__.pop(MARK, None)
@@ -137,25 +137,25 @@ def _look(optimizer: Optimizer, key: tuple[int, int], before: _Known | None) -> 
 
 def _went_around(stepped: _Stepped, session: Session) -> None:
     model = session.model()
-    compiled = session.calls.called and not session.calls.total  # what runs it is not its call
-    if model is None or compiled or "around" in session.calls.told:
+    compiled = session.calls.called and not session.calls.total  # graphs run, but not by its call
+    if model is None or compiled or "bypassed" in session.calls.warned:
         return
     if not _moved(model.parameters()):
         return
     stepped.quiet += 1
     if session.calls.total and stepped.quiet < QUIET:
         return  # two optimizers may step after one call
-    session.calls.told.add("around")
+    session.calls.warned.add("bypassed")
     name = type(model).__name__
     if not session.calls.total:
-        told = f"{name} took an optimizer step, but memrewrite's passes never ran on it"
+        what = f"{name} took an optimizer step, but memrewrite's passes never ran on it"
     else:
-        told = f"{QUIET} optimizer steps moved {name} without a training call of it"
+        what = f"{QUIET} optimizer steps moved {name} without a training call of it"
     warn(
-        f"{told}: an outer torch.compile (or a trainer's torch_compile flag) took over, or what is "
+        f"{what}: an outer torch.compile (or a trainer's torch_compile flag) took over, or what is "
         "called is not this module but a shallow copy of it, or one inside it, as DDP does. Turn "
         "the outer compile off, or call memrewrite.compile on the module that is called. GaLore "
-        "with full gradients, which works in the optimizer alone, is not affected"
+        "with full gradients, which works only in the optimizer, is not affected"
     )
 
 
@@ -181,7 +181,7 @@ def _unknown(known: _Known) -> None:
 
 
 def _moved(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether any gradient says anything: checkpointing tools step on zeros to make state."""
+    """Whether any gradient is not zero: checkpointing tools step on zeros to create state."""
     return any(_nonzero(p.grad) for p in parameters if p.grad is not None)
 
 

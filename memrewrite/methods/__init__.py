@@ -1,6 +1,6 @@
-"""The methods that `compile` can be asked for, in the order in which they take weights.
+"""The methods of `compile`, in the order in which they choose weights.
 
-A new one is a file, and a line here.
+To add one: a file in this folder, and a line here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from memrewrite.sites.options import GaLore, VeLoRA
 def methods_for(
     velora: VeLoRA | None, galore: GaLore | None, activations: object = None, settled: bool = False
 ) -> list[Method]:
-    """What these options ask of a model's activations and gradients.
+    """The methods that these options ask for.
 
-    settled: of an estimate, between two refreshes of GaLore's projectors.
+    settled: for an estimate of a step between two refreshes of GaLore's projectors.
     """
     found: list[Method] = []
     if velora is not None:

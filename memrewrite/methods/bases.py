@@ -1,6 +1,7 @@
-"""The bases that GaLore's next gradients come in: what outlives a step of one compiled model.
+"""The state of GaLore's method for one model: the basis of each weight's next gradient.
 
-Saved as plain tensors:
+Saved as plain tensors, where `side` is the projected dimension of the weight and `other` the
+other one:
 
     galore.p.<weight>       (side, r)   the projector
     galore.warm.<weight>    (other, k)  the basis of a sketch, its first columns from the last R
@@ -30,9 +31,9 @@ KINDS = ("p", "warm", "cold")
 
 
 class Bases(State):
-    """The basis of the next gradient of every projected weight of one model, by name.
+    """The basis of the next gradient of every projected weight, by the weight's name.
 
-    settled: every weight has a projector, and none is made from a gradient.
+    settled: for an estimate; every weight has an (empty) projector.
     """
 
     prefix = PREFIX
@@ -44,7 +45,7 @@ class Bases(State):
         self.by_name: dict[str, Projector] = {}
 
     def basis(self, site: Site) -> Projector:
-        """In which the next gradient of a weight comes; a sketch's, where there is no projector."""
+        """The basis of a weight's next gradient; that of a sketch if there is no projector yet."""
         name, weight = site.weight.name, site.weight.parameter
         basis = self.by_name.get(name)
         if basis is None:
@@ -69,7 +70,7 @@ class Bases(State):
     # --- from optimizers and checkpoints ----------------------------------------------------------
 
     def recall(self, sites: Sequence[Site]) -> None:
-        """Go on with the projectors that optimizers hold of weights that have no basis yet."""
+        """Restore projectors from optimizer state, for weights that have no basis yet."""
         missing = [site for site in sites if site.weight.name not in self.by_name]
         if missing and not self.settled:
             states = states_of(site.weight.parameter for site in missing)
@@ -77,7 +78,7 @@ class Bases(State):
                 self.recall_basis(site, states.get(site.weight.parameter, {}))
 
     def recall_basis(self, site: Site, state: Held) -> None:
-        """From an optimizer's state of that weight, where it has a projector of this rank."""
+        """Restore from one weight's optimizer state, if it has a projector of this rank."""
         p = state.get("projector")
         if not isinstance(p, Tensor) or p.shape[-1] != site.rank or state.get("projector_stale"):
             return
@@ -107,7 +108,7 @@ class Bases(State):
 
 
 def _key(name: str, basis: Projector) -> str:
-    """Under which a basis is saved."""
+    """The key under which a basis is saved."""
     if not isinstance(basis, Sketch):
         return f"{PREFIX}p.{name}"
     return f"{PREFIX}{'warm' if basis.warm else 'cold'}.{name}"

@@ -1,4 +1,4 @@
-"""Compressor: a method that a user writes, as two functions of tensors.
+"""Compressor: define a method for `compile(model, activations=...)` by two functions of tensors.
 
     class BF16(memrewrite.Compressor):
         name = "bf16"
@@ -15,8 +15,8 @@
     memrewrite.compile(model, activations=BF16())
 
 Weight gradients then read reconstruct(compress(x)); everything else reads x. Both functions are
-traced, once a graph, on tensors without memory: they may not write to what they are handed, nor
-look at values. `memrewrite.register("bf16", BF16)` lets `activations="bf16"` mean the same.
+traced on fake tensors, once per graph: they must not write to their arguments or depend on
+values. After `memrewrite.register("bf16", BF16)`, `activations="bf16"` means the same.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from passes.joint.compress import Codec, compress_activations
 
 
 class Compressor(Method):
-    """Subclass it: set `name`, define `compress` and `reconstruct`, perhaps `declines`.
+    """Subclass it: set `name`, define `compress` and `reconstruct`, optionally `declines`.
 
-    name: as options, reports and dumps have it. sites: which weights' inputs, as in `VeLoRA`.
-    The values that an instance is made of belong into its `repr`, or its
-    attributes: equal ones share a compiled graph.
+    name: its name in options, reports and dumps. sites: the weights whose inputs are compressed,
+    as in `VeLoRA`. Parameters of an instance must show in its attributes or its `repr`: instances
+    that are equal in these share a compiled graph.
     """
 
-    sites: Any = "all"  # as VeLoRA's
+    sites: Any = "all"  # as in VeLoRA
 
     def compress(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What backward keeps in place of x (N, D): one tensor or several."""
+        """The tensor, or tuple of tensors, to save for backward in place of x (N, D)."""
         raise NotImplementedError
 
     def reconstruct(self, z: Any, *, shape: tuple[int, ...], dtype: Any) -> Tensor:
-        """x^, of x's shape and dtype, from what `compress` returned."""
+        """x^, of the given shape and dtype, from what `compress` returned."""
         raise NotImplementedError
 
     @property
@@ -87,7 +87,7 @@ _sources: dict[type, str] = {}
 
 
 def _source(kind: type) -> str:
-    """A digest of a class's code, for the compile cache; of one without source, never the same."""
+    """A digest of a class's source, for the compile cache; random where there is no source."""
     if kind not in _sources:
         try:
             text = "".join(map(inspect.getsource, _own(kind)))

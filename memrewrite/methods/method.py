@@ -1,16 +1,14 @@
-"""What may stand in for a saved activation: one protocol, of which every method is one file.
+"""The protocol of a method: what to save in place of an activation, or to return as a gradient.
 
-A method is a value. In the order in which it is asked:
-
-    choose      which weights of a model it takes
-    ask         what a captured graph is to hand over for one of them: a basis, a port
+    choose      the weights of a model that it applies to
+    ask         the extra inputs of a captured graph for one weight: a basis, a port
     passes      the rewrite of the joint graph
-    freed       the operations that it removes, of which some may be spent again
-    whole       of which weights the whole gradient has its small form
-    state       what it keeps of a model between steps: vectors, projectors, nothing
+    freed       the operations that it saves, some of which recomputation may spend
+    whole       the weights whose whole gradient has its small form
+    state       what it keeps of a model between steps: vectors, projectors, or nothing
 
-Reports, dumps, estimates and the split of the graph ask the method itself, and know none by
-name. `Compressor` is the form that a user writes: two functions of tensors.
+Every method is one file. Reports, dumps, estimates and the partitioner call these functions
+and know no method by name. Users subclass `Compressor`.
 """
 
 from __future__ import annotations
@@ -36,12 +34,12 @@ Chosen = dict[nn.Parameter, Site]
 
 @dataclass(frozen=True)
 class Ask:
-    """A site as one captured graph sees it: part of the compile cache's key.
+    """The extra inputs of one weight in a captured graph: part of the compile cache's key.
 
     position: of the weight, among the graph's arguments.
-    basis: the shape of the method's extra input for it, where it has one; of this dtype.
-    port: the shape of the small gradient that backward is to return, where it is; in the dtype
-        of the weight.
+    basis: the shape of the extra input (v, P), of `dtype`; None for none.
+    port: the shape of the small gradient that backward returns, of `port_dtype`; None for the
+        full gradient.
     left: see `sites.weights.Site`.
     """
 
@@ -56,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Placed:
-    """An ask, and the arguments that are its basis and its port."""
+    """An ask, and the argument positions of its basis and its port."""
 
     ask: Ask
     basis: int | None
@@ -69,12 +67,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Task:
-    """A method's asks of one graph. Its extra inputs come in order: the bases, then the ports."""
+    """A method's asks of one graph. Its extra inputs, in order: all bases, then all ports."""
 
     method: Method = field(compare=False, repr=False)
     key: tuple[Any, ...]
     asks: tuple[Ask, ...]
-    first: int  # argument that is the first extra input
+    first: int  # argument position of the first extra input
 
     @property
     def inputs(self) -> int:
@@ -93,32 +91,32 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What passes are made for, besides a task."""
+    """What passes need to know of the graph, in addition to a task."""
 
-    weights: frozenset[int]  # all arguments that are parameters
-    decompositions: Decompositions  # as AOTAutograd traced the graph
+    weights: frozenset[int]  # argument positions of all parameters
+    decompositions: Decompositions  # with which AOTAutograd traced the graph
 
 
 @dataclass
 class Bound:
-    """A method's asks in one captured graph, called with particular weights."""
+    """A method's asks in one captured graph, bound to the weights that it is called with."""
 
-    gm: GraphModule  # Dynamo's
+    gm: GraphModule  # Dynamo's graph
     asks: Sequence[Ask]
     names: Mapping[int, str]  # argument position -> the weight's name
     parameters: Mapping[int, weakref.ref[Tensor]]
-    readers: Mapping[int, Sequence[int]]  # weight -> all that read its input alike, leader first
+    readers: Mapping[int, Sequence[int]]  # weight -> weights that read the same input, leader first
     group: Callable[[], Any]  # the process group whose ranks train this model together, or None
     ready: bool = False
-    calls: int = 0  # before it was
+    calls: int = 0  # before `ready`
     unread: dict[int, Tensor] = field(default_factory=dict)
 
     def leaders(self) -> list[Ask]:
-        """One ask of each input."""
+        """One ask per input."""
         return [a for a in self.asks if self.readers.get(a.position, (None,))[0] == a.position]
 
     def names_of(self, position: int) -> tuple[str, ...]:
-        """Of the weights that read the same input; the weight's own where none is compressed."""
+        """Names of the weights that read the same compressed input; else the weight's name."""
         return tuple(self.names[p] for p in self.readers.get(position, [position]))
 
     def parameter(self, position: int) -> Tensor | None:
@@ -126,77 +124,77 @@ class Bound:
 
 
 class State:
-    """What a method keeps of one model between steps: nothing, unless a method says more."""
+    """What a method keeps of one model between steps; this base class keeps nothing."""
 
-    prefix = ""  # of its keys in a saved state
+    prefix = ""  # of its keys in a state dict
 
     def recall(self, sites: Sequence[Site]) -> None:
-        """Go on with what optimizers hold of these, before a graph is asked for them."""
+        """Restore from the optimizer state of these weights, before `Method.ask`."""
 
     def prepare(self, bound: Bound, args: Sequence[Any]) -> None:
-        """Before a call, until `bound.ready`."""
+        """Called before each call of a graph until `bound.ready` is set."""
         bound.ready = True
 
     def handed(self, bound: Bound) -> list[Basis]:
-        """One for each ask that has a basis, for the coming call."""
+        """The bases of the coming call: one per ask that has a basis."""
         return []
 
     def known(self, bound: Bound, ask: Ask) -> Basis | None:
-        """In which the next gradient of a weight comes, where it comes small and that is known."""
+        """The basis of a weight's next gradient, if it is small and already known."""
         return None
 
     def follow(self, bound: Bound, observed: Sequence[int], totals: Sequence[Tensor]) -> None:
-        """After a call of a graph that `observe` gave more outputs."""
+        """Called after each call of a graph with the extra outputs of `observe`."""
 
     def sentence(self, name: str) -> str:
-        """What a report adds to the reason of a weight's row."""
+        """A sentence for the report on a weight; "" for none."""
         return ""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
     def read(self, state: Mapping[str, Tensor]) -> Any:
-        """What `take` takes, from entries with its prefix. Raises ValueError, changing nothing."""
+        """Parse entries with `prefix` for `take`. Raises ValueError; changes nothing."""
 
     def take(self, found: Any) -> None: ...
 
     def held(self) -> list[Tensor]:
-        """Tensors of its own that a backward may read."""
+        """Its tensors that a backward may read."""
         return []
 
 
 class Method:
-    """See the module."""
+    """See the module's docstring."""
 
     name: ClassVar[str] = ""
-    symbol: ClassVar[str] = "v"  # of its extra input, in the names of placeholders
-    kept: ClassVar[str] = "z"  # of what is kept in place of x, in reports
-    gain: ClassVar[str] = ""  # where nothing is kept in place of x: what it is good for
-    remedy: ClassVar[str] = "its sites"  # where a user says which weights
-    compresses: ClassVar[bool] = True  # x itself: rows of a report say which weights read z
-    moves: ClassVar[bool] = False  # what it asks for changes from step to step
-    small: bool = False  # gradients may come in a small form of it
-    forms: ClassVar[Sequence[bool | None]] = (None,)  # that an ask of a site may take
+    symbol: ClassVar[str] = "v"  # of its basis, in the names of placeholders
+    kept: ClassVar[str] = "z"  # name of what is saved in place of x, in reports
+    gain: ClassVar[str] = ""  # its use where nothing is saved in place of x, in reports
+    remedy: ClassVar[str] = "its sites"  # the option by which a user chooses weights
+    compresses: ClassVar[bool] = True  # x itself: a report names the weights that read z
+    moves: ClassVar[bool] = False  # its asks change from step to step
+    small: bool = False  # gradients may be returned in a small form
+    forms: ClassVar[Sequence[bool | None]] = (None,)  # values of `form` in `ask`
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for methods that rewrite a graph alike."""
+        """Equal for methods that rewrite a graph in the same way."""
         return (self.name,)
 
     def choose(self, model: nn.Module, found: Sequence[Weight]) -> Chosen:
-        """The weights that it takes; `found` are the model's candidates."""
+        """The weights that it applies to, of the model's candidates `found`."""
         raise NotImplementedError
 
     def select(self, found: Sequence[Weight]) -> set[str]:
-        """The names that were asked for, whether or not they can be taken."""
+        """The names of the weights that its options select, supported or not."""
         return {weight.name for weight in found}
 
     def why_not(self, weight: Weight) -> str | None:
-        """The reason, known before any graph is, why a selected weight stays exact."""
+        """The reason why a selected weight stays exact, as far as no graph is needed, or None."""
         return why_exact(weight)
 
     def declines(self, x: Tensor) -> str | None:
-        """The reason to leave an activation (N, D), of this shape and dtype, as it is."""
+        """The reason not to compress an activation (N, D), by its shape and dtype, or None."""
         return None
 
     def ask(self, position: int, site: Site, state: Any, form: bool | None = None) -> Ask:
@@ -205,44 +203,44 @@ class Method:
         return Ask(position, dtype, parameter.device, dtype, left=site.left)
 
     def returns_small(self, site: Site) -> bool:
-        """Whether backward may be asked for a weight's gradient in a small form."""
+        """Whether backward may return a weight's gradient in a small form."""
         return False
 
     def without_port(self, ask: Ask) -> Ask | None:
-        """The same for a graph whose gradients all come in full; None where it is no use then."""
+        """The ask for a graph that returns full gradients; None where the method then is no use."""
         return ask
 
     def passes(self, task: Task, context: Context) -> list[Pass]:
         raise NotImplementedError
 
     def freed(self, gradient: WeightGradient, placed: Placed) -> Any:
-        """Multiply-adds, times two, that the passes remove from a gradient's matmul."""
+        """Operations (a multiply-add is two) that the passes save in a gradient's matmul."""
         return 0
 
     def whole(self, graph: Graph, weights: Sequence[int]) -> list[int]:
-        """Those whose whole gradient has the small form, in a graph between two of its passes."""
+        """Weights whose whole gradient has the small form, in a graph between two passes."""
         return []
 
     def observe(
         self, gm: GraphModule, asks: Sequence[Ask]
     ) -> tuple[GraphModule, int, list[int]] | None:
-        """(a copy with more outputs, how many are its own, the weights that those are of)."""
+        """(a copy with extra outputs, the number of original ones, the weights of the extra)."""
         return None
 
     def state(self, model: weakref.ref[nn.Module]) -> State:
         return State()
 
     def small_bytes(self, site: Site) -> int:
-        """Of a gradient in the small form."""
+        """Bytes of a gradient in the small form."""
         return site.weight.parameter.nbytes
 
 
-OWNERS: dict[str, str] = {}  # prefix of a saved state's keys -> how a user asks for what wrote them
-METHODS: dict[str, Callable[[], Method]] = {}  # by the name that `activations=` takes
+OWNERS: dict[str, str] = {}  # prefix of keys in a state dict -> the option that writes them
+METHODS: dict[str, Callable[[], Method]] = {}  # by the name for `activations=`
 
 
 def method_of(activations: object) -> Method:
-    """What `activations=` means. Raises TypeError or ValueError for anything else."""
+    """The method of `activations=`. Raises TypeError or ValueError where it is none."""
     if isinstance(activations, Method):
         if not activations.name:
             raise ValueError(f"{type(activations).__name__} has no name: set the attribute `name`")
@@ -259,7 +257,7 @@ def method_of(activations: object) -> Method:
 
 
 def iterate(tasks: Sequence[Task]) -> Iterator[tuple[Method, Placed]]:
-    """Every ask of a graph."""
+    """Every ask of a graph, with its method."""
     for task in tasks:
         for placed in task.placed():
             yield task.method, placed

@@ -1,10 +1,11 @@
-"""GaLore's gradients in coordinates: R = P^T dW or dW P is what backward returns.  [approximate]
+"""GaLore's gradients in coordinates: backward returns R = P^T dW or dW P.  [approximate]
 
     (dy^T x) P = dy^T (x P)        P^T (dy^T x) = (dy P)^T x
 
 The projection moves to the operands of the weight gradient's matmul, so dW is never formed, and
-x P may be kept in place of x. On the step of a refresh the basis is a sketch of the other side
-(`gradients.sketch`). See `passes.joint.push`. Source: Zhao et al. 2024, arXiv:2403.03507.
+x P may be saved in place of x. On the step of a refresh the basis is that of a sketch, of the
+other side (`gradients.sketch`). See `passes.joint.push`. Source: Zhao et al. 2024,
+arXiv:2403.03507; sketched refreshes: design.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from memrewrite.sites.weights import Site, Weight
 from passes.base import Pass
 from passes.joint.find import WeightGradient
 from passes.joint.push import Projected, push_projections, return_projections
-from passes.split.rerun import pushed_operations
+from passes.split.recompute import pushed_operations
 
 
 @dataclass(frozen=True)
 class Projection(Method):
-    """GaLore(gradients="coordinates") with the options of a user.
+    """The method of GaLore(gradients="coordinates").
 
-    settled: of an estimate, between two refreshes: every weight has a projector.
+    settled: for an estimate of a step between two refreshes: every weight has a projector.
     """
 
     options: GaLore
@@ -43,7 +44,7 @@ class Projection(Method):
     compresses = False
     moves = True
     small = True
-    forms = (True, False)  # the projector's own side; the other one's, for a sketch
+    forms = (True, False)  # the side of the projector; the other side, for a sketch
 
     def choose(self, model: nn.Module, found: Sequence[Weight]) -> Chosen:
         """Matrices only: a convolution's gradient is projected by the optimizer."""
@@ -51,7 +52,7 @@ class Projection(Method):
         return {s.weight.parameter: s for s in sites if s.weight.parameter.ndim == 2}
 
     def ask(self, position: int, site: Site, state: Any, form: bool | None = None) -> Ask:
-        """form: whether its own side is projected; None: by the basis of the next gradient."""
+        """form: see `forms`; None: that of the next gradient's basis."""
         like = site.weight.parameter
         left = state.basis(site).left
         if form is not None:

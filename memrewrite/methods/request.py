@@ -1,4 +1,4 @@
-"""What one captured graph is asked to do, as plain data: part of the compile cache's key."""
+"""The request for one captured graph, as plain data: part of the compile cache's key."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from memrewrite.methods.method import Ask, Method, Task
 
 @dataclass(frozen=True)
 class Request:
-    """Positions count the captured graph's arguments."""
+    """What to do with one captured graph; positions count its arguments."""
 
-    weights: tuple[int, ...]  # arguments that are parameters
-    buffers: tuple[int, ...]  # arguments that are the model's buffers
+    weights: tuple[int, ...]  # positions of parameters
+    buffers: tuple[int, ...]  # positions of the model's buffers
     tasks: tuple[Task, ...] = ()
-    may_be_absent: bool = True  # incoming gradients; a recorded CUDA graph cannot branch on it
+    may_be_absent: bool = True  # tangents may be undefined; a CUDA graph cannot branch on it
 
     @property
     def free(self) -> frozenset[int]:
-        """Arguments that live anyway: keeping them for backward costs nothing."""
+        """Arguments that are live throughout, so that saving them for backward costs nothing."""
         placed = (p for task in self.tasks for p in task.placed())
         bases = {p.basis for p in placed if p.basis is not None}
         return frozenset({*self.weights, *self.buffers, *bases})
@@ -39,7 +39,7 @@ def make_request(
     buffers: Sequence[int],
     may_be_absent: bool = True,
 ) -> Request:
-    """The request for a graph of so many arguments; extra inputs follow, method by method."""
+    """The request for a graph with this many arguments; extra inputs follow, method by method."""
     tasks: list[Task] = []
     for method, asks in asked:
         if asks:
@@ -49,7 +49,7 @@ def make_request(
 
 
 def extra_inputs(request: Request) -> list[tuple[str, Tensor]]:
-    """(name, example) of what the compiled graph takes besides its own; ports need gradients."""
+    """(name, example) of each extra input of the compiled graph; ports require gradients."""
     found: list[tuple[str, Tensor]] = []
     for task in request.tasks:
         symbol = task.method.symbol
@@ -64,8 +64,8 @@ def extra_inputs(request: Request) -> list[tuple[str, Tensor]]:
     return found
 
 
-# The rooms whose files decide what a captured graph becomes. Left out on purpose: what shows
-# (inspect), predicts, measures (bench) or steps (optim, parallel); a request says what they ask.
+# The folders whose files decide how a captured graph is rewritten. The others (inspect, predict,
+# bench, optim, parallel, ...) act on it only through a request, which is in the key.
 DECIDING = ("calibration", "compiler", "gradients", "methods", "record", "session", "sites")
 
 
@@ -78,6 +78,6 @@ def deciding_files() -> list[Path]:
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file that decides what a graph becomes: yesterday's pass is another pass."""
+    """A digest of `deciding_files`, so that an edited pass invalidates the cache."""
     content = b"".join(path.read_bytes() for path in deciding_files())
     return hashlib.sha256(torch.__version__.encode() + content).hexdigest()

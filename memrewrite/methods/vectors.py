@@ -1,9 +1,8 @@
-"""VeLoRA's vectors: what outlives a step of one compiled model.
+"""The state of VeLoRA's method for one model: a unit vector v (M,) per compressed input.
 
-A v (M,) belongs to an input, and is kept under the name of every compressed weight that reads
-this input, never by graph: a model captured as many graphs, or again for other shapes or with
-other weights trained, keeps it. A v is never written in place, because a backward may still hold
-that of its forward.
+A v is kept under the name of every compressed weight that reads its input, not per graph: a
+recompile, for other shapes or other trained weights, keeps it. A v is never written in place,
+because a backward reads the v of its forward.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from memrewrite.sites.options import VeLoRA
 from memrewrite.sites.weights import candidates
 
 PREFIX = "velora."
-V, TOTAL = f"{PREFIX}v.", f"{PREFIX}sum."  # of the keys of a saved state
+V, TOTAL = f"{PREFIX}v.", f"{PREFIX}sum."  # prefixes of keys in a state dict
 OWNERS[PREFIX] = "velora"
-Missing = Sequence[tuple[Ask, tuple[str, ...]]]  # an ask of an input, the names that read it
+Missing = Sequence[tuple[Ask, tuple[str, ...]]]  # (ask, readers' names) per input
 
 
 class Vectors(State):
-    """The v of every compressed input of one model, by the names of the weights that read it."""
+    """The v of every compressed input, by the names of the weights that read it."""
 
     prefix = PREFIX
 
     def __init__(self, model: weakref.ref[nn.Module], options: VeLoRA) -> None:
         self.model, self.options = model, options
         self.vectors: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}  # running means, not normalised
-        self.unseen: set[str] = set()  # v fell back to ones
-        self.means = Means()  # which batch a v is made of
+        self.sums: dict[str, Tensor] = {}  # of running means, not normalised
+        self.unseen: set[str] = set()  # names whose v fell back to ones
+        self.means = Means()  # which batch calibrates a v
 
     # --- for a call of a graph ------------------------------------------------------------------
 
@@ -69,7 +68,7 @@ class Vectors(State):
     def _of(self, bound: Bound, ask: Ask) -> Tensor:
         if ask.position in bound.readers:
             return self.vector(bound.names_of(ask.position), ask)
-        if ask.position not in bound.unread:  # this graph has no compressed gradient of it
+        if ask.position not in bound.unread:  # this graph compresses no input of the weight
             ones = torch.ones(self._size, dtype=ask.dtype, device=ask.device)
             bound.unread[ask.position] = ones
         return bound.unread[ask.position]
@@ -81,7 +80,7 @@ class Vectors(State):
         return Vector(self.vector(names, ask), ask.left)
 
     def follow(self, bound: Bound, observed: Sequence[int], totals: Sequence[Tensor]) -> None:
-        """Add what this call's linears read to the running means."""
+        """Add the inputs of this call to the running means."""
         leaders = {ask.position: ask for ask in bound.leaders()}
         means: dict[int, Tensor] = {}
         for position, total in zip(observed, totals, strict=True):
@@ -103,9 +102,9 @@ class Vectors(State):
     # --- one v ------------------------------------------------------------------------------
 
     def vector(self, names: Sequence[str], like: Ask, total: Tensor | None = None) -> Tensor:
-        """v (M,) of the input that the weights of these names read, made on first use.
+        """The v (M,) of the input that these weights read, created on first use.
 
-        The first name that has one decides; from then on all have it.
+        If several have different ones, that of the first name is given to all.
         """
         held = self.vectors
         if held.keys().isdisjoint(names) and names[0] in self.means.provisional:
@@ -129,13 +128,13 @@ class Vectors(State):
         return normalised(total, like)
 
     def replace(self, old: Tensor, new: Tensor) -> None:
-        """Give the input that v `old` is of another one, (M,)."""
+        """Replace v `old` by `new` (M,) for all weights that share it."""
         self.vectors |= {name: new for name, v in self.vectors.items() if v is old}
 
     # --- from batches ---------------------------------------------------------------------------
 
     def first_means(self, missing: Missing, found: Found, group: Any) -> None:
-        """v of the inputs that a batch can calibrate; a provisional one for the others."""
+        """Set v for the inputs that this batch can calibrate, a provisional v for the others."""
         rows = over_ranks([found.row(ask.position, ask.device) for ask, _ in missing], group)
         world = ranks(group)
         for (ask, names), row in zip(missing, rows, strict=True):
@@ -148,16 +147,16 @@ class Vectors(State):
                 continue
             if seen != world:
                 v = self.vector(names, ask)
-            else:  # one that cancels is no direction
+            else:  # a total that cancels to zero has no direction
                 v = self.vector(names, ask, total * (names[0] not in self.means.reasons))
             if late is not None:
                 self.means.late.append(v)
-        self.means.tell([names[0] for _, names in missing], found.failure)
+        self.means.warn([names[0] for _, names in missing], found.failure)
 
     def update_means(
         self, inputs: Sequence[tuple[Ask, tuple[str, ...], Tensor]], group: Any
     ) -> None:
-        """Add one batch to running means; an old v stays with the forwards that read it."""
+        """Add one batch to the running means; makes a new v, as a backward may read the old one."""
         rows = over_ranks([total.to(torch.float64) for _, _, total in inputs], group)
         skipped = []
         for (ask, names, _), total in zip(inputs, rows, strict=True):
@@ -171,12 +170,12 @@ class Vectors(State):
                 self.means.usable(names[0])
                 v = (total / norm).to(ask.device, ask.dtype)
                 self.vectors |= dict.fromkeys(names, v)
-        self.means.tell_of_skipped(skipped)
+        self.means.warn_of_skipped(skipped)
 
     # --- from optimizers and checkpoints ----------------------------------------------------------
 
     def _not_recalled(self, bound: Bound, inputs: Missing) -> Missing:
-        """Take v from what optimizers hold of the weights that read an input; the others."""
+        """Restore v from optimizer state where possible; returns the other inputs."""
         readers = {ask.position: bound.readers[ask.position] for ask, _ in inputs}
         weights = {i: bound.parameter(i) for positions in readers.values() for i in positions}
         states = states_of([p for p in weights.values() if p is not None]) if inputs else {}
@@ -189,7 +188,7 @@ class Vectors(State):
         return rest
 
     def recall_vector(self, names: Sequence[str], like: Ask, states: Iterable[Held]) -> bool:
-        """Take the v of an input from the states of the weights (of these names) that read it."""
+        """Restore the v of an input from the states of the weights that read it; True if found."""
         running = self.options.init == "running_mean"
         for state in states:
             total = _read(state, (SUM,), self._size, torch.float64) if running else None
@@ -203,13 +202,13 @@ class Vectors(State):
         return False
 
     def _set_sum(self, names: Sequence[str], like: Ask, total: Tensor) -> None:
-        """Make v the direction of a sum (M,) of sub-tokens."""
+        """Set v to the direction of a sum (M,) of sub-tokens."""
         self.sums |= dict.fromkeys(names, total)
         self.means.usable(names[0])
         self.vectors |= dict.fromkeys(names, normalised(total, like))
 
     def _was_provisional(self, name: str, v: Tensor, like: Ask, state: Held) -> bool:
-        """Whether a v that was never moved along stood in for one that was still to come."""
+        """Whether a v was ones until calibration, and no moment has moved along it."""
         if name in self.means.provisional:
             return True
         moved = any(bool(t.any()) for key, t in state.items() if key.startswith(("exp_", "max_")))
@@ -217,7 +216,7 @@ class Vectors(State):
         return needs and not moved and torch.equal(v, normalised(None, like).to(v.device))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every v, and the sums behind a running mean, as plain tensors."""
+        """Every v, and the sums of running means, as plain tensors."""
         state = {V + name: v.detach().clone() for name, v in self.vectors.items()}
         return state | {TOTAL + name: s.detach().clone() for name, s in self.sums.items()}
 
@@ -233,7 +232,7 @@ class Vectors(State):
                     into[key.removeprefix(prefix)] = tensor.detach().clone()
                     break
             else:
-                raise ValueError(f"{key!r} is no entry of a memrewrite state")
+                raise ValueError(f"{key!r} is not an entry of a memrewrite state")
         sums = {name: total for name, total in sums.items() if bool(total.isfinite().all())}
         return vectors, sums
 
@@ -253,7 +252,7 @@ class Vectors(State):
 
 
 def normalised(total: Tensor | None, like: Ask) -> Tensor:
-    """total / |total|; ones / sqrt(M) where that says nothing (zero, or not finite)."""
+    """total / |total| (M,); ones / sqrt(M) where total is None, zero or not finite."""
     assert like.basis is not None
     (size,) = like.basis
     if total is not None:
@@ -266,7 +265,7 @@ def normalised(total: Tensor | None, like: Ask) -> Tensor:
 
 
 def _read(state: Held, keys: Sequence[str], size: int, dtype: torch.dtype) -> Tensor | None:
-    """The (M,) under the first of some keys that is there, and is calibrated."""
+    """The tensor (M,) under the first of `keys` in `state`; None if it is not calibrated."""
     packed = next((state[key] for key in keys if key in state), None)
     if not isinstance(packed, Tensor) or not packed.ndim or packed.shape[-1] != size:
         return None

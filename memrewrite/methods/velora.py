@@ -2,8 +2,8 @@
 
     z[n, g] = <x[n, gM : gM+M], v>       x^ = z (x) v       dW = scale dy^T x^ = (dy^T z) (x) v
 
-The fold makes the weight gradient's matmul M times narrower, and A = dy^T z is what backward
-returns in place of dW where nothing else joins it. See `passes.joint.velora`, `fold` and `port`.
+Folding makes the weight gradient's matmul M times narrower, and backward returns A = dy^T z in
+place of dW where dW has no other term. See `passes.joint.velora`, `fold` and `port`.
 Source: Miles et al. 2024, arXiv:2405.17991.
 """
 
@@ -31,12 +31,12 @@ from passes.joint.find import WeightGradient
 from passes.joint.fold import fold_reconstruction
 from passes.joint.port import Ported, factored_gradients, return_coordinates
 from passes.joint.velora import compress_saved_inputs
-from passes.split.rerun import freed_operations
+from passes.split.recompute import freed_operations
 
 
 @dataclass(frozen=True)
 class SubTokens(Method):
-    """VeLoRA with the options of a user."""
+    """The method of memrewrite.VeLoRA."""
 
     options: VeLoRA
     name = "velora"
@@ -89,7 +89,7 @@ class SubTokens(Method):
         return replace(ask, port=None)
 
     def small_gradient(self, weight: Weight) -> tuple[int, int] | None:
-        """The shape in which the gradient of a selected weight is asked for; None: in full."""
+        """The shape of a selected weight's small gradient; None for the full gradient."""
         parameter = weight.parameter
         wrapper = hasattr(parameter, "__tensor_flatten__")  # a DTensor, a quantised weight
         if self.options.full_gradients or weight.kind not in ("linear", "conv1d") or wrapper:
@@ -130,5 +130,5 @@ class SubTokens(Method):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Of v, for a weight of this dtype."""
+    """The dtype of v for a weight of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

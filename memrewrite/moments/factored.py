@@ -4,13 +4,12 @@ State of such a weight, plain tensors in `optimizer.state[p]`:
 
     step ()   exp_avg, exp_avg_sq (O, G)   [max_exp_avg_sq (O, G)]   vector (M,)
 
-where the weight is (D, O), moments are (G, O).
+with G = D / M rounded up; moments of a weight (D, O) are (G, O).
 
-The trajectory is that of stock Adam on the full gradient (`passes.update.factor`). Where the next
-update cannot be factored (a dense gradient, another v, an L2 decay), the state is spread to
-the full-size moments that it stands for, exactly, and stock Adam goes on.
-The vector is stored as `packing.pack` has it, and serves to compare: updates read the v of their
-gradient.
+The values are those of torch's Adam on the full gradient (`passes.update.factor`). Where the next
+update cannot be factored (a dense gradient, another v, an L2 decay), the state is expanded to
+equal full-size moments, and torch's Adam continues. The vector, stored in the format of
+`packing.pack`, is only compared: updates read the v of their gradient.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from passes.update.factor import SQUARE, V, factor_updates
 
 MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
 FULL_SIZE = "its optimizer state is full-size already"
-EXAMPLE = 7  # rows of a dynamic one, when it is captured
+EXAMPLE = 7  # rows of the example that a dynamic update is captured on
 
 
 @dataclass(frozen=True)
 class FactoredKind:
-    """All that tells one factored update from another; see `moments.update.Kind`.
+    """Everything that identifies a factored update; see `moments.update.Kind`.
 
-    Where M divides D, W is nothing but rows of M channels: every such weight shares one
-    update, whose number of rows is dynamic, and `shape` is an example.
+    Where M divides D, W is viewed as rows of M channels: all such weights share one update
+    with a dynamic number of rows, and `shape` is an example.
     """
 
     shape: tuple[int, int]  # of W: (O, D), or rows of (M,); (D, O) if left
@@ -64,22 +63,22 @@ class FactoredKind:
         return ADAMW
 
     def zeros(self, weight: Tensor) -> dict[str, Tensor]:
-        """Of the moments, (O, G); the vector is that of a gradient, see `initialise`."""
+        """The moments, (O, G); the vector comes from a gradient, see `initialise`."""
         shape = small_shape(weight.shape, self.size, self.left)
         how: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         return {name: torch.zeros(shape, **how) for name in self.row.moments_of(self.flags)}
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
-        """v (M,) is one more argument, after step."""
+        """The factoring passes; v (M,) becomes an input after `step`."""
         at = add_input(gm, "vector", (self.size,), wide(self.dtype))
-        held = {1: V}  # arguments of the captured update: the gradient, then the moments
+        held = {1: V}  # argument positions: 1 is the gradient, the moments follow
         held |= {2 + i: MOMENTS[n] for i, n in enumerate(self.row.moments_of(self.flags))}
         factor = factor_updates(W, at, held, self.left)
         return [*self.row.inputs, *self.row.lowering, factor, lower_ir_ops()]
 
 
 def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> FactoredKind:
-    """The update that a parameter takes in its group."""
+    """The kind of update of a parameter in its group."""
     flags = group["amsgrad"], group["maximize"], group["weight_decay"] != 0
     rows, columns, size = *parameter.shape, len(basis.v)
     dynamic = columns % size == 0 and parameter.is_contiguous() and not basis.left
@@ -89,7 +88,7 @@ def kind_of(parameter: nn.Parameter, basis: Vector, group: dict[str, Any]) -> Fa
 
 
 def obstacle(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """Why the coming update of a parameter cannot be factored, its v apart; None where it can."""
+    """Why the next update of a parameter cannot be factored, ignoring its v; None if it can."""
     gradient = parameter.grad
     if not isinstance(gradient, ProjectedGrad) or gradient.is_dense:
         return "its gradient is dense"
@@ -113,31 +112,33 @@ def initialise(kind: FactoredKind, gradient: ProjectedGrad, capturable: bool) ->
 
 
 def moments(kind: FactoredKind) -> list[str]:
-    """Those that the state has."""
+    """Names of the moments in the state."""
     return kind.row.moments_of(kind.flags)
 
 
 def agrees(state: dict[str, Any], v: Tensor) -> bool:
     """Whether the moments of a factored state are along v (M,)."""
     held: Tensor = state[VECTOR]
-    if held.ndim == 1 and held.dtype != v.dtype:  # written before it was packed, then cast
+    if (
+        held.ndim == 1 and held.dtype != v.dtype
+    ):  # saved before vectors were packed, then cast by load_state_dict
         return torch.equal(held, v.to(held.dtype))
     return torch.equal(unpack(held, v.dtype), v)
 
 
 def is_untouched(state: dict[str, Any]) -> bool:
-    """Whether every moment is zero: such moments are along any v."""
+    """Whether every moment is zero, and so along any v."""
     return not any(bool(state[name].any()) for name in MOMENTS if name in state)
 
 
 def turn(state: dict[str, Any], parameter: nn.Parameter) -> None:
-    """Give a factored state whose moments are zero the v of the gradient."""
+    """Replace the v of a state whose moments are zero by that of the gradient."""
     gradient: Any = parameter.grad
     state[VECTOR] = pack(_vector(gradient).detach(), gradient.dtype).clone()
 
 
 def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -> list[Tensor]:
-    """What a compiled update takes: W, A, m, s, (the maximum,) v."""
+    """The inputs of a compiled update: W, A, m, s, (the maximum of s,) v."""
     gradient = parameter.grad
     assert isinstance(gradient, ProjectedGrad) and gradient.coordinates is not None
     small = [gradient.coordinates.contiguous(), *(state[name] for name in moments(kind))]
@@ -148,19 +149,19 @@ def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -
 
 
 def _vector(gradient: ProjectedGrad) -> Tensor:
-    assert isinstance(gradient.basis, Vector)  # `obstacle` has seen to it
+    assert isinstance(gradient.basis, Vector)  # `obstacle` has checked it
     return gradient.basis.v
 
 
 def _rows(tensor: Tensor, columns: int) -> Tensor:
-    """The same memory as (rows, columns), and no view: a compiler specialises to a view's base."""
+    """The same storage as (rows, columns), not as a view: a compiler guards a view's base."""
     shape = tensor.numel() // columns, columns
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
 
 
 def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:
-    """The full-size state that factored state stands for, in its place."""
+    """Replace factored state by the equal full-size state."""
     v = unpack(state.pop(VECTOR), wide(parameter.dtype))
     for name, basis in MOMENTS.items():
         if name in state:

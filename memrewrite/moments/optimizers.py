@@ -1,7 +1,6 @@
 """Optimizers as rows: the functional form of a step in torch, its state, its hyperparameters.
 
-A row is all that an update is captured from. Adam and AdamW are two; a new one is
-another.
+Adam and AdamW are two rows; to support another optimizer, add one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from passes.update.adam import hyperparameters_as_inputs, lower_fused_adam
 
 @dataclass(frozen=True)
 class Flags:
-    """What of a parameter group changes the graph of an update, and not only its numbers."""
+    """The options of a parameter group that change the graph of an update."""
 
     amsgrad: bool = False
     maximize: bool = False
@@ -35,13 +34,13 @@ class Flags:
 class Row:
     """One optimizer.
 
-    functional: the step of one weight as a function of tensors alone, which writes them: (weight,
-        gradient, its moments in order, step), and then `hyperparameters` where `inputs` is empty.
-        `step` (), float32, counts this step already.
+    functional: flags -> the step of one weight, a function that writes its arguments: (weight,
+        gradient, its moments in order, step), then `hyperparameters` where `inputs` is empty.
+        `step` (), float32, includes this step.
     moments: names of the state tensors of the weight's shape, with the flag that each needs.
-    hyperparameters: names in the order in which the update takes them, 0-d float64 each.
-    inputs: the passes that turn numbers in the captured graph into such inputs.
-    lowering: those that turn what was captured into plain aten.
+    hyperparameters: names in the order of the update's inputs, 0-d float64 each.
+    inputs: the passes that turn constants of the captured graph into such inputs.
+    lowering: the passes that lower the captured graph to plain aten.
     """
 
     name: str
@@ -53,15 +52,15 @@ class Row:
     values: Callable[[dict[str, Any]], dict[str, Any]] = lambda group: group
 
     def moments_of(self, flags: Flags) -> list[str]:
-        """Names of the moments that a weight has."""
+        """Names of a weight's moments."""
         return [n for n, flag in self.moments.items() if flag is None or getattr(flags, flag)]
 
     def names(self, flags: Flags) -> list[str]:
-        """Of the hyperparameters that an update takes: a weight decay of zero is none."""
+        """Names of the hyperparameters of an update; excludes a weight decay of 0."""
         return [n for n in self.hyperparameters if flags.decays or n != "weight_decay"]
 
     def numbers(self, group: dict[str, Any], flags: Flags) -> list[Tensor]:
-        """A parameter group's hyperparameters, as the update takes them."""
+        """A parameter group's hyperparameters, as inputs of the update."""
         values = self.values(group)
         return [_scalar(values[name]) for name in self.names(flags)]
 
@@ -76,7 +75,7 @@ def _scalar(value: float | Tensor) -> Tensor:
 
 
 def _adam(decoupled: bool) -> Callable[[Flags], Callable[..., Any]]:
-    """torch's own fused update of one weight: its semantics are torch's."""
+    """torch's fused update of one weight."""
 
     def functional(flags: Flags) -> Callable[..., Any]:
         def write(largest: list[Tensor], *tensors: Tensor) -> tuple[()]:
@@ -100,7 +99,7 @@ def _adam(decoupled: bool) -> Callable[[Flags], Callable[..., Any]]:
             )
             return ()
 
-        # Their names become those of the graph's inputs.
+        # The names of these arguments become those of the graph's inputs.
         def plain(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Any:
             return write([], weight, grad, m, v, step)
 
@@ -131,7 +130,7 @@ ADAMW = Row("AdamW", _adam(decoupled=True), **_ADAM)
 
 
 def row_of(optimizer: Optimizer, group: dict[str, Any]) -> Row | None:
-    """The row that an optimizer steps a parameter group by; None of one that has none."""
+    """The row of an optimizer and a parameter group, or None if it has none."""
     if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(Adam.step):
         return None
     return ADAMW if group["decoupled_weight_decay"] else ADAM

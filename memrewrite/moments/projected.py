@@ -31,12 +31,12 @@ from passes.lower import lower_ir_ops
 from passes.update.accumulate import accumulate_in_place
 from passes.update.galore import Projection, project_updates
 
-STALE = "projector_stale"  # in the state of a weight, 1 where its refresh failed: try again
+STALE = "projector_stale"  # key in a weight's state: 1 if its refresh failed, to be repeated
 
 
 @dataclass(frozen=True)
 class ProjectedKind:
-    """All that tells one projected update from another; see `moments.update.Kind`."""
+    """Everything that identifies a projected update; see `moments.update.Kind`."""
 
     shape: tuple[int, ...]  # of W
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class ProjectedKind:
     maximize: bool
     decays: bool  # weight decay other than zero
     decoupled: bool
-    given: bool = False  # the gradient comes as R
+    given: bool = False  # the gradient is R already
     dynamic = False
 
     @property
@@ -61,12 +61,12 @@ class ProjectedKind:
 
     @property
     def side(self) -> int:
-        """Rows of P: the length of the projected side."""
+        """The number of rows of P: the size of the projected side."""
         return self.shape[0] if self.left else _columns(self.shape)
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """Of m and v."""
+        """The shape of m and v."""
         rows, columns = self.shape[0], _columns(self.shape)
         return (self.rank, columns) if self.left else (rows, self.rank)
 
@@ -77,7 +77,7 @@ class ProjectedKind:
         return {**moments, "projector": torch.eye(self.side, self.rank, **how)}
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
-        """P (side, r) is one more argument, after step."""
+        """The projecting passes; P (side, r) becomes an input after `step`."""
         at = add_input(gm, "projector", (self.side, self.rank))
         projection = Projection(at, self.left, self.scale, self.given)
         lowering = [*self.row.lowering, lower_ir_ops(), accumulate_in_place()]
@@ -90,7 +90,7 @@ def _columns(shape: Sequence[int]) -> int:
 
 @dataclass
 class Target:
-    """One projected parameter of one optimizer, and what its refreshes have shown."""
+    """One projected parameter of one optimizer, and the results of its refreshes."""
 
     site: Site
     session: Session
@@ -99,9 +99,9 @@ class Target:
     refreshed: int | None = None  # the step, from 1, whose gradient gave P
     energy: float | None = None  # |P^T G|^2 / |G|^2 of that gradient
     failures: int = 0
-    known: ProjectedKind | None = None  # the last one that `kind` made, and of which flags
+    known: ProjectedKind | None = None  # the latest result of `kind`, and its flags
     flags: tuple[Any, ...] = ()
-    checked: Tensor | None = None  # the exp_avg whose state was found to be in order
+    checked: Tensor | None = None  # the exp_avg of the state that passed `check_state`
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -113,12 +113,12 @@ class Target:
 
     @property
     def pushed(self) -> bool:
-        """Whether backward is asked for this gradient in coordinates."""
+        """Whether backward returns this gradient in coordinates."""
         asked = self.galore.gradients == "coordinates" and self.parameter.ndim == 2
         return asked and not is_sharded(self.parameter)
 
     def is_due(self, done: int) -> bool:
-        """Whether the step behind `done` others refreshes the projector."""
+        """Whether the step after `done` others refreshes the projector."""
         if self.pushed:
             return sketch.is_due(done, self.galore.update_every)
         return (done + self.offset) % self.galore.update_every == 0
@@ -151,7 +151,7 @@ def check_target(target: Target) -> None:
 
 
 def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> None:
-    """Raise ValueError for state that another configuration has left."""
+    """Raise ValueError for state of another configuration."""
     found = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
     if "projector" not in found:
         raise ValueError(
@@ -177,34 +177,34 @@ def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> N
 
 
 def is_stale(state: dict[str, Any]) -> bool:
-    """Whether the projector waits for a gradient that it can be made from."""
+    """Whether the projector must be refreshed at the next step."""
     return STALE in state and bool(state[STALE])
 
 
 def mark_stale(state: dict[str, Any], stale: bool) -> None:
-    """Say so in the state: a resumed run tries again as this one would."""
+    """Record it in the state, so that a resumed run retries the refresh too."""
     if STALE not in state or bool(state[STALE]) is not stale:
         state[STALE] = torch.tensor(float(stale))
 
 
 def prepare(state: dict[str, Any], kind: ProjectedKind, grad: Tensor, capturable: bool) -> int:
-    """The state of a parameter, made where there is none: the number of its steps so far."""
+    """Create the state of a parameter if it has none; returns the number of its steps so far."""
     if not state:
         _initialise(state, kind, grad, capturable)
         return 0
     if state["step"].device.type != "cpu" and not capturable:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
     if STALE in state and state[STALE].device.type != "cpu":
-        state[STALE] = state[STALE].cpu()  # reading it in each step must wait for no device
+        state[STALE] = state[STALE].cpu()  # on the CPU, reading it synchronises no device
     return int(state["step"])
 
 
 def refresh_if_due(
     target: Target, kind: ProjectedKind, state: dict[str, Any], grad: Tensor, group: dict[str, Any]
 ) -> str | None:
-    """Make the state at the first step; a new P where one is due.
+    """Create the state at the first step, and a new P when one is due.
 
-    Returns why that failed, where it did; a gradient of zeros has no basis and is no failure.
+    Returns the reason if a refresh failed. A gradient of zeros has no basis, but is no failure.
     """
     galore, fresh = target.galore, not state
     done = prepare(state, kind, grad, group["capturable"])
@@ -230,7 +230,7 @@ def take(
     group: dict[str, Any],
     done: int,
 ) -> None:
-    """Put a new P in the state, and the moments into its coordinates where that is asked for."""
+    """Set a new P in the state, and rotate the moments to its coordinates if the options say so."""
     if target.galore.moments == "rotate" and done:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**done, 1 - beta2**done

@@ -22,7 +22,7 @@ def is_small(grad: Tensor) -> bool:
 
 
 def given(kind: ProjectedKind) -> ProjectedKind:
-    """The kind of update that takes R in place of the gradient."""
+    """The kind of update whose gradient input is R."""
     return replace(kind, given=True)
 
 
@@ -34,7 +34,7 @@ def receive(
     group: dict[str, Any],
     warn_once: Callable[[str, str], None],
 ) -> tuple[Tensor | None, str | None]:
-    """(R, why a refresh failed); R is None where the gradient is in another projector."""
+    """(R, why a refresh failed or None); R is None if the gradient is in another projector."""
     basis, small = grad.basis, grad.coordinates
     assert isinstance(basis, Projector) and small is not None
     fresh = not state
@@ -65,11 +65,11 @@ def receive(
 
 
 def announce(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> None:
-    """Tell the session in which basis the next gradient is to come."""
+    """Set the basis of the next gradient in the session."""
     kept, name = target.session.bases, target.name
-    assert kept is not None  # only asked of weights whose gradients come in coordinates
+    assert kept is not None  # only called for weights whose gradients are in coordinates
     bases = kept.by_name
-    if not state["projector"].is_contiguous():  # a compiled backward is specialised to strides
+    if not state["projector"].is_contiguous():  # a compiled backward is specialized to strides
         state["projector"] = state["projector"].contiguous()
     if is_stale(state):  # the next gradient is sketched anew
         bases.pop(name, None)

@@ -1,4 +1,4 @@
-"""Moments in a form of their own: what an optimizer keeps, read and written within its update.
+"""Moments in a storage format, read and written within the update of the optimizer.
 
     class BF16(memrewrite.Moment):
         name = "bf16"
@@ -11,10 +11,10 @@
 
     memrewrite.compile(model, moments=BF16())
 
-`read` stands before the update, in the dtype that it computes in, and `write` after it; both are
-traced into the graph, once a kind of weight. State in `optimizer.state[p]`: `step`, and for each
-moment of the optimizer (`exp_avg`, ...) one plain tensor for each of `parts`, under its name and
-that suffix.
+`read` runs before the update and returns its compute dtype, `write` runs after it; both are
+traced into the graph, once per kind of weight. State in `optimizer.state[p]`: `step`, and per
+moment of the optimizer (`exp_avg`, ...) one plain tensor for each of `parts`, under the moment's
+name with that suffix.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from passes.update.store import Form, store_moments
 
 
 class Moment:
-    """How the moments of one weight are kept. Subclass it: set `name`, define `read` and `write`.
+    """A storage format for moments. Subclass it: set `name`, define `read` and `write`.
 
-    parts: suffixes of the tensors that one moment is stored as. Instances are compared by their
-    attributes: equal ones share a compiled update.
+    parts: suffixes of the tensors that store one moment. Instances with equal attributes are
+    equal, and share a compiled update.
     """
 
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ("",)
 
     def declines(self, weight: Tensor) -> str | None:
-        """The reason to keep the moments of a weight as the optimizer does, or None."""
+        """The reason not to use this format for the moments of a weight, or None."""
         return None
 
     def zeros(self, like: Tensor, *, name: str) -> Any:
-        """A moment of zeros of the weight's shape, as it is stored."""
+        """The stored form of a moment of zeros with the shape of `like`."""
         return self.write(torch.zeros_like(like, dtype=wide(like.dtype)), name=name)
 
     def read(self, stored: Any, *, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A moment of that shape and dtype from its tensor, or from a tuple of its tensors."""
+        """The moment, of that shape and dtype, from its stored tensor, or tuple of tensors."""
         raise NotImplementedError
 
     def write(self, value: Tensor, *, name: str) -> Any:
-        """The tensor, or the tuple of them, that stands for a moment (float32 or float64)."""
+        """The tensor, or tuple of tensors, to store for a moment (float32 or float64)."""
         raise NotImplementedError
 
     def bytes_of(self, weight: Tensor, names: Sequence[str]) -> int:
-        """What these moments of a weight take."""
+        """Bytes of these moments of a weight."""
         meta = weight.detach().to("meta")
         stored = [self.zeros(meta, name=name) for name in names]
         parts = [p for one in stored for p in (one if isinstance(one, tuple) else (one,))]
@@ -74,13 +74,13 @@ class Moment:
         return hash((type(self), repr(sorted(vars(self).items()))))
 
     def keys(self, name: str) -> list[str]:
-        """Of the tensors of one moment, in an optimizer's state."""
+        """Keys of one moment's tensors in an optimizer's state."""
         return [f"{name}{part}" for part in self.parts]
 
 
 @dataclass(frozen=True)
 class StoredKind:
-    """All that tells one such update from another; see `moments.update.Kind`."""
+    """Everything that identifies such an update; see `moments.update.Kind`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -99,7 +99,7 @@ class StoredKind:
         return found
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
-        """Each moment's argument becomes those of its parts."""
+        """The passes that replace each moment's input by those of its parts."""
         names = self.row.moments_of(self.flags)
         zeros = self.zeros(torch.empty(self.shape, dtype=self.dtype))
         held = {}
@@ -123,11 +123,11 @@ class StoredKind:
         return read, write
 
 
-MOMENTS: dict[str, Callable[[], Moment]] = {}  # by the name that `moments=` takes
+MOMENTS: dict[str, Callable[[], Moment]] = {}  # by the name for `moments=`
 
 
 def moment_of(moments: object) -> Moment | None:
-    """What `moments=` means. Raises TypeError or ValueError for anything else."""
+    """The format of `moments=`. Raises TypeError or ValueError where it is none."""
     if moments is None:
         return None
     known = ", ".join(map(repr, MOMENTS)) or "none"

@@ -1,9 +1,9 @@
 """One weight's optimizer update: captured from torch, rewritten, compiled once per kind.
 
 The graph is traced through the functional form of a row (`moments.optimizers`) on fake full-size
-tensors, so its semantics are torch's and no full-size state exists. Every weight of one shape,
-dtype and flag set shares one compiled update: compile time does not grow with depth. Learning
-rate, betas, eps, decay and step are tensors: no scheduler recompiles.
+tensors, so that its semantics are torch's and no full-size state is allocated. All weights of
+one shape, dtype and set of flags share one compiled update: compile time does not grow with
+depth. Learning rate, betas, eps, decay and step are tensors, so that no scheduler recompiles.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from memrewrite.record.listing import listing
 from passes.base import Pass
 from passes.update.pieces import Pieces, cut
 
-W = 0  # the argument that is the weight; see `capture` for the others
+W = 0  # argument position of the weight; see `capture` for the others
 
 
 class Captured(Protocol):
-    """What an update is captured from."""
+    """What an update is captured from: the weight, the flags of its group, the row."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -41,15 +41,15 @@ class Captured(Protocol):
 
 
 class Kind(Captured, Protocol):
-    """How the state of a weight is kept, and all else that tells one update from another.
+    """Everything that identifies a compiled update, and how the state of its weights is kept.
 
-    A hashable value. `zeros` is a weight's state before its first step, but for `step`; `rewrite`
-    makes the captured update read and write it: further inputs, and passes.
+    Hashable. `zeros` is a weight's state before its first step, excluding `step`. `rewrite` adds
+    inputs to the captured update, and returns the passes that make it read and write that state.
     """
 
     @property
     def dynamic(self) -> bool:
-        """Whether the number of the weight's rows is a symbol."""
+        """Whether the weight's number of rows is symbolic."""
         ...
 
     def zeros(self, weight: Tensor) -> dict[str, Tensor]: ...
@@ -58,11 +58,11 @@ class Kind(Captured, Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """A compiled update and the graphs it came from.
+    """A compiled update and the graphs that it was made from.
 
-    numbers(step, hyperparameters) counts the step and returns the scalars of the update;
-    apply(tensors, numbers) writes the weight and its moments, given the weight (O, D, ...), its
-    gradient, the moments, and what the kind adds. Hyperparameters are the row's, 0-d float64 each.
+    numbers(step, hyperparameters) increments the step and returns the scalars of the update;
+    hyperparameters are those of the row, 0-d float64. apply(tensors, numbers) writes the weight
+    and its moments, given the weight (O, D, ...), its gradient, the moments, and the kind's inputs.
     """
 
     kind: Kind
@@ -72,7 +72,7 @@ class Update:
     body: Callable[..., Any]  # pieces.body, compiled
 
     def stages(self) -> list[tuple[str, str]]:
-        """(stage, listing) of every graph on the way."""
+        """(stage, listing) of every graph, in order."""
         pieces = ("scalars", "body", "writes")
         return self.traced + [(name, listing(getattr(self.pieces, name).graph)) for name in pieces]
 
@@ -106,15 +106,15 @@ def build(kind: Kind, engine: Engine) -> Update:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which an update computes: float32 at least."""
+    """The dtype that an update computes in: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def capture(kind: Captured, dynamic: bool = False) -> GraphModule:
-    """torch's update of one weight, (W, G, moments..., step), on fake tensors.
+    """The graph of torch's update of one weight, of (W, G, moments..., step).
 
-    A row without passes that make inputs of its hyperparameters takes these as well, at the end.
-    dynamic: the number of rows is a symbol.
+    Hyperparameters follow, unless passes of the row (`Row.inputs`) make inputs of them.
+    dynamic: the number of rows is symbolic.
     """
     row, count = kind.row, 2 + len(kind.row.moments_of(kind.flags))
     example = [torch.empty(kind.shape, dtype=kind.dtype, device="meta") for _ in range(count)]
@@ -128,7 +128,7 @@ def capture(kind: Captured, dynamic: bool = False) -> GraphModule:
 def trace(
     update: Callable[..., Any], examples: Sequence[Tensor], dynamic: bool = False
 ) -> GraphModule:
-    """The aten graph of a function of tensors, on fake ones: nothing is allocated."""
+    """The aten graph of a function, traced on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -159,7 +159,7 @@ def _with_dynamic_rows(mode: Any, example: Tensor) -> Any:
 def add_input(
     gm: GraphModule, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> int:
-    """One more argument after the others, of the weight's dtype unless given; its position."""
+    """Append an input, of the weight's dtype unless given; returns its argument position."""
     places = gm.graph.find_nodes(op="placeholder")
     example: Any = places[W].meta["val"]
     with gm.graph.inserting_after(places[-1]):

@@ -1,4 +1,4 @@
-"""What memrewrite does around the steps of one optimizer, and the updates that it compiled."""
+"""The record of one optimizer: which parameters memrewrite updates, and by which updates."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ compiled: dict[tuple[Kind, str], Update] = {}
 
 @dataclass
 class Attachment:
-    """What memrewrite does around the steps of one optimizer."""
+    """The parameters of one optimizer that memrewrite updates, and what it knows of their steps."""
 
     targets: dict[Tensor, Target] = field(default_factory=dict)
     ported: dict[Tensor, Session] = field(default_factory=dict)  # gradients that may be small
     scaled: dict[Tensor, Session] = field(default_factory=dict)  # gradients A (x) v, in any form
-    stored: dict[Tensor, Session] = field(default_factory=dict)  # moments in a form of their own
-    expected: dict[Tensor, Vector] = field(default_factory=dict)  # small ones to come; v is zeros
+    stored: dict[Tensor, Session] = field(default_factory=dict)  # moments in a storage format
+    expected: dict[Tensor, Vector] = field(default_factory=dict)  # small, no graph yet; v is zeros
     factored: dict[Tensor, FactoredKind] = field(default_factory=dict)  # in the latest step
-    dense: dict[Tensor, Session] = field(default_factory=dict)  # in it, dense ones of `scaled`
-    collected: bool = False  # in the latest step: gradients and parameters, by torch's own code
-    traced: bool = False  # a compiled step never steps ours itself, whatever their gradients are
-    serves: bool = False  # whether any of its parameters is a compiled model's
+    dense: dict[Tensor, Session] = field(default_factory=dict)  # of `scaled`, dense in it
+    collected: bool = False  # whether `_init_group` ran in the latest step
+    traced: bool = False  # compiled: it never steps our parameters, whatever their gradients
+    serves: bool = False  # whether any of its parameters belongs to a compiled model
     key: tuple[Any, ...] = ()  # the sessions and parameters that `targets` was made from
     post_hook: Any = None
     state_hooks: list[Any] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)  # kinds of warning that were given
+    warned: set[str] = field(default_factory=set)  # kinds of warning that were given
     compared: dict[Tensor, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (state's v, v)
     kinds: dict[Tensor, StoredKind] = field(default_factory=dict)  # of `stored`, in the last step
-    checked: dict[Tensor, Tensor] = field(default_factory=dict)  # of `stored`: a tensor in order
+    checked: dict[Tensor, Tensor] = field(default_factory=dict)  # of `stored`: a tensor that passed
 
     def warn_once(self, kind: str, message: str) -> None:
-        """One warning of a kind for an optimizer."""
-        if kind not in self.told:
-            self.told.add(kind)
+        """Warn at most once per kind and optimizer."""
+        if kind not in self.warned:
+            self.warned.add(kind)
             warn(message)
 
 
 def members(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
-    """(group, parameter) of every parameter."""
+    """(group, parameter) for every parameter."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield group, parameter
 
 
 def name_of(optimizer: Optimizer) -> str:
-    """Of its class, with the module: others than torch have an AdamW too."""
+    """The class name with its module, as other libraries have an AdamW too."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def update_of(kind: Kind, session: Session) -> Update:
-    """The compiled update of a kind, built where there is none."""
+    """The compiled update of a kind, built on first use."""
     key = (kind, session.engine.backend)
     if key not in compiled:
         compiled[key] = build(kind, session.engine)
@@ -76,12 +76,12 @@ def numbers_of(
     shared: dict[Any, tuple[Any, ...]],
     scale: float = 1.0,
 ) -> tuple[Any, ...]:
-    """Count a step; the scalars of its update, the same for all weights of a kind and group.
+    """Increment the step; returns the scalars of the update, shared per kind and group.
 
     scale: factor on the step, see `slowed`.
     """
     key = (update.kind, id(group), scale, float(step) if step.device.type == "cpu" else None)
-    if key in shared and step.device.type == "cpu":  # reading another would wait for its device
+    if key in shared and step.device.type == "cpu":  # reading it synchronises no device
         step += 1
         return shared[key]
     kind = update.kind
@@ -90,9 +90,9 @@ def numbers_of(
 
 
 def slowed(group: dict[str, Any], scale: float) -> dict[str, Any]:
-    """A parameter group with the step scaled, and its decoupled decay, (1 - lr wd) W, as it was.
+    """The parameter group with lr scaled, and an unchanged decoupled decay (1 - lr wd) W.
 
-    An L2 decay is a part of the gradient, and Adam divides its size out again.
+    An L2 decay is part of the gradient, whose scale Adam normalises away.
     """
     if scale == 1.0:
         return group

@@ -1,4 +1,4 @@
-"""Adam steps on compressed weights: which are small, their update, when stock Adam takes over."""
+"""Adam steps on compressed weights: factored updates, and when torch's Adam takes over."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from memrewrite.session.session import Session
 def takes(
     parameter: nn.Parameter, group: dict[str, Any], optimizer: Optimizer, attachment: Attachment
 ) -> bool:
-    """True for a parameter that the stock step is to leave to us, this time."""
+    """Whether memrewrite steps this parameter in this step, in place of torch's Adam."""
     if parameter.grad is None:
         return False
     if parameter in attachment.targets or parameter in attachment.stored:
@@ -53,7 +53,7 @@ def takes(
 
 
 def _make_small(parameter: nn.Parameter, optimizer: Optimizer, basis: Vector | None) -> None:
-    """Read zeros as a small gradient ahead of the first forward: the state will be of its form."""
+    """Make a gradient of zeros before the first forward small, so that its state is factored."""
     if basis is None or optimizer.state.get(parameter) or bool(parameter.grad.any()):  # type: ignore[union-attr]
         return
     a = parameter.detach().new_zeros(basis.small(parameter.shape))
@@ -79,9 +79,9 @@ def _takes_small(
 
 
 def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> bool:
-    """Whether the moments can go on along the gradient's v, which may have to give way.
+    """Whether the moments are along the gradient's v, after one of the two is replaced if needed.
 
-    Compared anew only where one of the two is another tensor: v is never written in place.
+    Compared again only if one of them is another tensor, as v is never written in place.
     """
     grad: Any = parameter.grad
     held, v = state[VECTOR], grad.basis.v
@@ -97,14 +97,14 @@ def _along(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachmen
     if kept is not None and any(v is late for late in kept.means.late):
         _start_anew(parameter, state, attachment)
         return True
-    if known is not None and known[0] is held:  # the user's own v: memrewrite.load_state_dict
+    if known is not None and known[0] is held:  # v is from memrewrite.load_state_dict
         return False
     _follow(parameter, unpack(held, v.dtype).to(v.device), attachment)
     return True
 
 
 def _start_anew(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> None:
-    """Drop the moments of a provisional v: W will not move along its directions again."""
+    """Reset the moments of a provisional v, along which W will not move again."""
     for tensor in (*(state[name] for name in MOMENTS if name in state), state["step"]):
         tensor.zero_()
     turn(state, parameter)
@@ -116,10 +116,10 @@ def _start_anew(parameter: nn.Parameter, state: dict[str, Any], attachment: Atta
 
 
 def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) -> None:
-    """Go on along the v of a state that was loaded after the forward of this gradient."""
+    """Use the v of a state that was loaded after the forward of this gradient."""
     grad: Any = parameter.grad
     kept = attachment.ported[parameter].vectors
-    assert kept is not None  # the gradient came along one of them
+    assert kept is not None  # the gradient is along one of its vectors
     kept.replace(grad.basis.v, v)
     share = torch.dot(grad.basis.v, v)
     basis = Vector(v, grad.basis.left)
@@ -136,16 +136,16 @@ def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) ->
 def step_densely(
     optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter], scale: float
 ) -> None:
-    """torch's own step of some parameters of a group, scaled by `lr_scale`."""
+    """torch's step of some parameters of a group, scaled by `lr_scale`."""
     group = {**slowed(group, scale), "params": list(parameters)}
     if parameters[0].device.type == "cpu":
-        group["capturable"] = False  # only a compiled step takes it there, and this is none
+        group["capturable"] = False  # on the CPU only a compiled step allows it
     one: Any = _OneGroup(optimizer, group)
     inspect.unwrap(Adam.step)(one)
 
 
 class _OneGroup:
-    """An optimizer, but for its parameter groups."""
+    """A proxy of an optimizer that has one parameter group."""
 
     def __init__(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         self.optimizer, self.param_groups = optimizer, [group]
@@ -164,7 +164,7 @@ def _give_up(
     reason: str,
     attachment: Attachment,
 ) -> None:
-    """Stock Adam takes over, from the same moments."""
+    """Let torch's Adam take over, with equal full-size moments; warns once."""
     if VECTOR in state:
         spread_state(state, parameter, group)
         attachment.warn_once(
@@ -172,23 +172,23 @@ def _give_up(
             f"the Adam state of a compressed weight {tuple(parameter.shape)} becomes full-size "
             f"from here on, with the same values: {reason}",
         )
-    elif reason == FULL_SIZE and "full" not in attachment.told:
+    elif reason == FULL_SIZE and "full" not in attachment.warned:
         attachment.warn_once(
             "plain",
             f"the optimizer holds full-size Adam state of a compressed weight "
             f"{tuple(parameter.shape)}: of a run without velora, with gradients='dense', or of a "
-            "first gradient that was full. Adam goes on from it as it is, so it stays full-size, "
-            "and every small gradient is built in full: start with a new optimizer to have small "
+            "first gradient that was full. Adam uses it unchanged, so it stays full-size, "
+            "and every small gradient is expanded: start with a new optimizer to have small "
             "moments, or pass gradients='dense' to memrewrite.VeLoRA",
         )
 
 
 def spread_orphans(optimizer: Optimizer, attachment: Attachment) -> None:
-    """Factored state of weights that have no small gradient now: another run's options."""
+    """Expand factored state of weights without small gradients, as of a run with other options."""
     for group, parameter in members(optimizer):
         state = optimizer.state.get(parameter)
         if parameter.grad is None or parameter in attachment.ported:
-            continue  # it takes no step, or one of ours
+            continue  # it takes no step now, or a factored one
         if isinstance(state, dict) and VECTOR in state:
             reason = "no compiled graph returns a small gradient for it now"
             _give_up(parameter, group, state, reason, attachment)
@@ -198,9 +198,9 @@ def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
     grads = [p.grad for _, p in members(optimizer) if p in attachment.ported]
     small = [g for g in grads if isinstance(g, ProjectedGrad) and not g.is_dense]
     served = {attachment.ported[p] for _, p in members(optimizer) if p in attachment.ported}
-    if small and not all("dense" in session.calls.told for session in served):
-        for session in served:  # one warning where each parameter has an optimizer of its own
-            session.calls.told.add("dense")
+    if small and not all("dense" in session.calls.warned for session in served):
+        for session in served:  # one warning even if each parameter has its own optimizer
+            session.calls.warned.add("dense")
         attachment.warn_once(
             "dense",
             f"{name_of(optimizer)} reads the full gradients of {len(small)} compressed "
@@ -211,7 +211,7 @@ def warn_of_dense(optimizer: Optimizer, attachment: Attachment) -> None:
 
 
 def warn_of_scale(optimizer: Optimizer, attachment: Attachment) -> None:
-    """lr_scale is a factor on Adam's step, and this optimizer has another."""
+    """Warn that lr_scale has no effect on the steps of an optimizer other than Adam."""
     asked = {
         session.velora.lr_scale
         for session in attachment.scaled.values()
@@ -222,12 +222,12 @@ def warn_of_scale(optimizer: Optimizer, attachment: Attachment) -> None:
             "scale",
             f"lr_scale={asked.pop()!r} is a factor on the steps of torch.optim.Adam and AdamW; "
             f"{name_of(optimizer)} steps {len(attachment.scaled)} compressed weights "
-            "without it: give them a parameter group of their own, or pass lr_scale=1.0",
+            "without it: put them in a separate parameter group, or pass lr_scale=1.0",
         )
 
 
 def warn_of_sums(session: Session) -> None:
-    """Compressed weights whose gradients have other terms, where a scale was asked for."""
+    """Warn that lr_scale has no effect on compressed weights whose gradients have other terms."""
     velora = session.velora
     if velora is None or velora.lr_scale in (1.0, None):
         return
@@ -247,8 +247,8 @@ def warn_of_sums(session: Session) -> None:
         name, shape = next(iter(others.items()))
         warn(
             f"lr_scale={velora.lr_scale!r} does not act on {len(others)} compressed weights whose "
-            f"gradients are sums (for one, {name} {shape}: it is shared); give them an optimizer "
-            "parameter group of their own"
+            f"gradients are sums (for one, {name} {shape}: it is shared); put them in a separate "
+            "parameter group of the optimizer"
         )
 
 
@@ -269,5 +269,5 @@ def update_factored(
     update = update_of(kind, session)
     numbers = numbers_of(update, state["step"], group, shared, session.step_scale)
     update.apply(inputs(parameter, state, kind), numbers)
-    if kind.dynamic:  # it wrote through tensors of the same memory that autograd does not know
+    if kind.dynamic:  # it wrote through other tensors of the same storage, unseen by autograd
         increment_version([parameter, *(state[name] for name in moments(kind))])

@@ -1,9 +1,8 @@
 """Optimizers other than torch's Adam get full gradients before they step.
 
-A ProjectedGrad is of the full shape to eager code, but not to a compiler: torchao's
-optimizers compile their own step, and anybody may compile another's. So the small
-gradients of whatever such an optimizer steps become plain tensors first, and those that a
-closure computes within the step as soon as they are there.
+A ProjectedGrad has the full shape in eager code, but a compiler cannot trace it, and torchao's
+optimizers, for example, compile their step. So the small gradients of such an optimizer's
+parameters are replaced by plain tensors before the step, and after each call of its closure.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ NO_FULLGRAPH = (
 
 
 def uncompiled(hook: Callable[..., Any]) -> Any:
-    """A hook around optimizer steps that no compiler traces; a step around it may be compiled."""
+    """A hook that no compiler traces, though the optimizer's step may be compiled."""
     return torch.compiler.disable(hook, reason=NO_FULLGRAPH)  # type: ignore[no-untyped-call]
 
 
 def give_full_gradients(
-    optimizer: Optimizer, args: Any, kwargs: dict[str, Any], told: Callable[[], None]
+    optimizer: Optimizer, args: Any, kwargs: dict[str, Any], warn: Callable[[], None]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Make the small gradients dense; returns the arguments of a step with a closure.
+    """Expand the small gradients; returns the new arguments of a step that has a closure.
 
-    told: is called ahead of it, whenever there may be any.
+    warn: called before that, whenever there may be small gradients.
     """
 
     def make_dense() -> None:
-        told()
+        warn()
         for _, parameter in members(optimizer):
             if isinstance(parameter.grad, ProjectedGrad):
                 parameter.grad = parameter.grad.to_dense()

@@ -1,11 +1,10 @@
-"""The user's own optimizer, rewritten: attached at its first step, with no line of code.
+"""Hooks on the step of every optimizer, which need no change in the user's code.
 
-A stock `torch.optim.Adam` or `AdamW` steps as it always does, except that it does not see
-the gradients of the weights whose state is kept otherwise (projected, factored, stored) while it
-collects its own; after it those take their rewritten update. State lives in
-`optimizer.state[p]`, as plain tensors that `state_dict`, `load_state_dict` and
-`torch.load(weights_only=True)` know already: see `moments`. Everything that can be refused is
-refused before anything is written, and an optimizer that has nothing to do with us is left alone.
+A `torch.optim.Adam` or `AdamW` runs its own step, excluding the weights whose state is kept in
+another way (projected, factored, stored); these take their rewritten update after it. Their
+state is in `optimizer.state[p]`, as plain tensors that `state_dict`, `load_state_dict` and
+`torch.load(weights_only=True)` support: see `moments`. Errors are raised before anything is
+written. Optimizers without parameters of a compiled model are not affected.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ _installed: list[Any] = []
 
 
 def install() -> None:
-    """Look at every optimizer step from now on. Idempotent."""
+    """Register the hooks on all optimizers. Idempotent."""
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(uncompiled(_before_step)))
 
 
 def attach(optimizer: Optimizer) -> None:
-    """`compile(optimizer)`: what its first step would do, now.
+    """`compile(optimizer)`: check and attach it now, as its first step would.
 
     Raises ValueError where none of its parameters is projected, and whatever the first
     step would raise.
@@ -67,7 +66,7 @@ def attach(optimizer: Optimizer) -> None:
 
 
 def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
-    """The optimizers that update projected, compressed or stored weights of a session."""
+    """The optimizers that update projected, factored or stored weights of a session."""
     for optimizer, attachment in membership.attachments():
         served = [target.session for target in attachment.targets.values()]
         served += [*attachment.ported.values(), *attachment.stored.values()]
@@ -76,7 +75,7 @@ def attachments(session: Session) -> Iterator[tuple[Optimizer, Attachment]]:
 
 
 def updates_of(session: Session) -> list[Update]:
-    """The compiled updates that a session's weights have had so far, one per kind."""
+    """The compiled updates of a session's weights so far, one per kind."""
     kinds: set[Any] = set()
     for _, attachment in attachments(session):
         targets = [t for t in attachment.targets.values() if t.session is session]
@@ -86,7 +85,7 @@ def updates_of(session: Session) -> list[Update]:
         kinds |= {k for p, k in attachment.kinds.items() if attachment.stored.get(p) is session}
     backend = session.engine.backend
     found = [u for (kind, engine), u in compiled.items() if engine == backend and kind in kinds]
-    # Not in the order of the process: another model may have compiled some of them before.
+    # In the order of this session: another model may have compiled some of them before.
     return sorted(found, key=lambda u: (isinstance(u.kind, FactoredKind), str(u.kind)))
 
 
@@ -94,7 +93,7 @@ def updates_of(session: Session) -> list[Update]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The global pre-hook: it runs ahead of all hooks of the optimizer's own."""
+    """The global pre-hook, which runs before the hooks of the optimizer."""
     attachment = membership.attached(optimizer)
     attachment.factored, attachment.dense, attachment.collected = {}, {}, False
     if not attachment.state_hooks and live_sessions():
@@ -105,8 +104,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
     _complain_of_unserved()
     if not membership.steps_as_known(optimizer):
         warn_of_scale(optimizer, attachment)
-        told = partial(warn_of_dense, optimizer, attachment)
-        return give_full_gradients(optimizer, args, kwargs, told)
+        warn = partial(warn_of_dense, optimizer, attachment)
+        return give_full_gradients(optimizer, args, kwargs, warn)
     spread_orphans(optimizer, attachment)
     if not attachment.serves:
         return None
@@ -114,26 +113,26 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
         attachment.post_hook = optimizer.register_step_post_hook(uncompiled(_update))
         skipping = uncompiled(_skipping(weakref.ref(optimizer), attachment))
         optimizer._init_group = skipping  # type: ignore[attr-defined]
-    # Ahead of the user's own post-hooks: the step that they follow is complete.
+    # Before the user's post-hooks, which must see a complete step.
     after: Any = optimizer._optimizer_step_post_hooks
     after.move_to_end(attachment.post_hook.id, last=False)
     return None
 
 
 def _store_vectors(optimizer: Optimizer) -> None:
-    """Ahead of `state_dict`: a resumed run needs v, and may have nothing but this dictionary."""
+    """Before `state_dict`: add v, as a resumed run may have only this dictionary."""
     for session in live_sessions():
         store_vectors(session, optimizer)
 
 
 def _go_on(optimizer: Optimizer) -> None:
-    """Behind `load_state_dict` in mid run: back to the best checkpoint, for one."""
+    """After `load_state_dict`, also within a run: restore v and bases from the new state."""
     for session in live_sessions():
         go_on_from(session, optimizer)
 
 
 def _skipping(reference: weakref.ref[Optimizer], attachment: Attachment) -> Callable[..., Any]:
-    """Adam's collection of parameters and gradients, blind to ours for as long as it runs."""
+    """An `_init_group` for Adam that hides the gradients of our parameters while it runs."""
 
     def init_group(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = reference()
@@ -160,7 +159,7 @@ def _update(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if found_inf is not None and bool(found_inf.item()):
         return
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if not attachment.collected:  # a compiled step collected once, when it was traced
+    if not attachment.collected:  # a compiled step ran `_init_group` only when traced
         for group, parameter in members(optimizer):
             takes(parameter, group, optimizer, attachment)
     shared: dict[Any, tuple[Any, ...]] = {}
@@ -239,7 +238,7 @@ def _refresh_failed(target: Target, failure: str) -> str:
 
 
 def _complain_of_unserved() -> None:
-    """A model that trains, by somebody else's parameters: a copy's, or a sharded wrapper's."""
+    """Warn of a session that no optimizer serves: it updates a copy's or a wrapper's parameters."""
     for session in live_sessions():
         model = session.model()
         if session.galore is None or session.unserved_steps > membership.PATIENCE or model is None:

@@ -1,4 +1,4 @@
-"""Which parameters of an optimizer are ours, in which way, and whether all is well with them."""
+"""Which parameters of an optimizer belong to compiled models, and checks of their state."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _selections: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Selection]] = (
 
 
 def attachments() -> list[tuple[Optimizer, Attachment]]:
-    """Of all optimizers that have stepped or were attached."""
+    """The attachments of all optimizers that have stepped or were attached."""
     return list(_attachments.items())
 
 
 def attachment_of(optimizer: Optimizer) -> Attachment:
-    """What `attached` made."""
+    """The attachment that `attached` made."""
     return _attachments[optimizer]
 
 
 def attached(optimizer: Optimizer) -> Attachment:
-    """The optimizer's attachment, made or brought up to date, and checked."""
+    """The optimizer's attachment, created or updated, and checked."""
     attachment = _attachments.setdefault(optimizer, Attachment())
     sessions = live_sessions()
     found = [parameter for _, parameter in members(optimizer)]
@@ -71,7 +71,7 @@ def attached(optimizer: Optimizer) -> Attachment:
 
 
 def catch_up(optimizer: Optimizer, attachment: Attachment) -> None:
-    """A closure may have compiled the first graphs within the step, behind `attached`."""
+    """Update an attachment after a closure, which may have compiled graphs within the step."""
     if attachment.key[:1] != (_bindings(live_sessions()),):
         attached(optimizer)
 
@@ -81,7 +81,7 @@ def _bindings(sessions: list[Session]) -> int:
 
 
 def _serves(sessions: list[Session], found: list[nn.Parameter]) -> bool:
-    """Whether an optimizer may meet a gradient of ours, now or once a graph is compiled."""
+    """Whether an optimizer may get a small gradient, now or once a graph is compiled."""
     members = set(found)
     models = (s.model() for s in sessions if s.velora or s.galore or s.moments)
     return any(p in members for m in models if m is not None for p in m.parameters())
@@ -105,7 +105,7 @@ def _check_whole(session: Session, members: list[nn.Parameter]) -> None:
 
 
 def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[Tensor, Session]:
-    """By name, because a sharded weight is another parameter than the one that a graph saw."""
+    """Parameters to scale, matched by name: sharding replaces the parameter that a graph saw."""
     ours = set(members)
     return {
         weight.parameter: session
@@ -119,7 +119,7 @@ def _scaled(sessions: list[Session], members: list[nn.Parameter]) -> dict[Tensor
 def _stored(
     sessions: list[Session], left: Sequence[nn.Parameter], attachment: Attachment
 ) -> dict[Tensor, Session]:
-    """Weights whose moments are asked for in a form of their own, other methods' apart."""
+    """Weights whose moments are in a storage format, excluding those of other methods."""
     ours = {p for p in left if p not in attachment.targets}
     return {
         parameter: session
@@ -133,8 +133,8 @@ def _stored(
 def _expect_small(
     sessions: list[Session], members: list[nn.Parameter], attachment: Attachment
 ) -> None:
-    """Weights that no graph was compiled for yet: torch.distributed.checkpoint takes a step on
-    gradients of zeros to learn what an optimizer's state looks like."""
+    """Weights that will have small gradients, before any graph is compiled: to find the format of
+    an optimizer's state, torch.distributed.checkpoint takes a step on gradients of zeros."""
     ours, attachment.expected = set(members), {}
     for session in sessions:
         model = session.model()
@@ -164,12 +164,12 @@ def _targets(
             offset = galore.update_every * index // len(sites) if galore.stagger else 0
             if site.weight.parameter in missing:
                 targets[site.weight.parameter] = Target(site, session, galore, offset)
-                session.unserved_steps = PATIENCE + 1  # served: never complain
+                session.unserved_steps = PATIENCE + 1  # served: never warn
     return {p: targets[p] for p in members if p in targets}
 
 
 def _selection(model: nn.Module, session: Session) -> Selection:
-    """What is projected, asked again only where the model has other parameters than before."""
+    """The projected weights, selected again only if the model's parameters have changed."""
     assert session.galore is not None
     key = (id(session), *map(id, model.parameters()))
     known = _selections.get(model)
@@ -179,7 +179,7 @@ def _selection(model: nn.Module, session: Session) -> Selection:
 
 
 def steps_as_known(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps as a row of `moments.optimizers` says."""
+    """Whether an optimizer has the step of a row of `moments.optimizers`."""
     return all(row_of(optimizer, group) is not None for group in optimizer.param_groups)
 
 

@@ -1,4 +1,4 @@
-"""Vectors and bases in an optimizer's state, out of it and into it: see `calibration.recall`."""
+"""Save vectors in an optimizer's state, and restore vectors and bases from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memrewrite.sites.weights import candidates
 
 
 def go_on_from(session: Session, optimizer: Optimizer) -> None:
-    """Take every v and every basis from the state that an optimizer has been given."""
+    """Restore every v and every basis from the state that an optimizer has loaded."""
     model, vectors, bases = session.model(), session.vectors, session.bases
     if model is None:
         return
@@ -34,10 +34,10 @@ def go_on_from(session: Session, optimizer: Optimizer) -> None:
 
 
 def store_vectors(session: Session, optimizer: Optimizer) -> None:
-    """Leave v, or the sum behind it, in the full-size states of compressed weights.
+    """Store v, or the sum of its running mean, in the full-size states of compressed weights.
 
-    Zeros stand for what is not calibrated yet: a checkpoint's keys are the same at all steps,
-    as torch.distributed.checkpoint needs it.
+    Zeros if it is not calibrated yet: torch.distributed.checkpoint needs the same keys at all
+    steps.
     """
     model, vectors = session.model(), session.vectors
     if model is None or vectors is None:
@@ -56,7 +56,7 @@ def store_vectors(session: Session, optimizer: Optimizer) -> None:
 def _compressed(
     session: Session, model: nn.Module, optimizer: Optimizer
 ) -> list[tuple[str, nn.Parameter]]:
-    """An optimizer's weights that VeLoRA is asked to compress, by each name."""
+    """An optimizer's weights that VeLoRA selects, under each of their names."""
     method = next((m for m in session.methods if isinstance(m, SubTokens)), None)
     ours = {p for group in optimizer.param_groups for p in group["params"]}
     found = candidates(model) if method is not None else []
@@ -68,10 +68,10 @@ def _compressed(
 
 
 def _store(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    if isinstance(optimizer, SGD):  # without momentum it keeps nothing, and does not mind
+    if isinstance(optimizer, SGD):  # without momentum its state is empty, and may have more keys
         optimizer.state[parameter]
     state = optimizer.state.get(parameter)
     if not isinstance(state, dict) or VECTOR in state:
         return
-    if state or isinstance(optimizer, SGD):  # others take an empty state for one to be made
+    if state or isinstance(optimizer, SGD):  # others initialize a state only if it is empty
         state[key] = pack(value.detach(), parameter.dtype)

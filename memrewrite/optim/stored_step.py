@@ -1,4 +1,4 @@
-"""Adam steps on weights whose moments are kept in a form of their own (`moments.stored`)."""
+"""Adam steps on weights whose moments are in a storage format (`moments.stored`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def update(
     attachment: Attachment,
     shared: dict[Any, tuple[Any, ...]],
 ) -> None:
-    """One step of one weight, whatever form its gradient has."""
+    """One step of one weight; a small gradient is expanded, a sharded one gathered."""
     kind = _kind(session, parameter, group, optimizer)
     attachment.kinds[parameter] = kind
     state, grad = optimizer.state[parameter], parameter.grad
@@ -43,7 +43,7 @@ def _kind(
     session: Session, parameter: nn.Parameter, group: dict[str, Any], optimizer: Optimizer
 ) -> StoredKind:
     row = row_of(optimizer, group)
-    assert row is not None and session.moments is not None  # `membership` has seen to it
+    assert row is not None and session.moments is not None  # `membership` has checked it
     shape = tuple(parameter.shape)
     flags = flags_of(group)
     return StoredKind(shape, parameter.dtype, parameter.device, flags, row, session.moments)
@@ -61,9 +61,9 @@ def _prepare(
     capturable: bool,
     attachment: Attachment,
 ) -> None:
-    """The state of a weight: made, or taken over from one that the optimizer kept in full.
+    """Create the state of a weight, or convert it from full-size moments.
 
-    Looked at anew only where its first tensor is another one than in the last step.
+    Checked again only if its first tensor is another one than in the last step.
     """
     if not state:
         device = parameter.device if capturable else torch.device("cpu")
@@ -79,7 +79,7 @@ def _prepare(
 def _take_over(
     state: dict[str, Any], kind: StoredKind, parameter: nn.Parameter, attachment: Attachment
 ) -> None:
-    """Read what was loaded: of the same form, cast by `load_state_dict`; or full-size moments."""
+    """Convert loaded state: of the same format, cast by `load_state_dict`; or full-size moments."""
     zeros = kind.zeros(gathered(parameter))
     for name in kind.row.moments_of(kind.flags):
         keys = kind.moment.keys(name)

@@ -1,14 +1,13 @@
-"""The mean over ranks of gradients, in the form that they come in.
+"""The mean of gradients over ranks, of small gradients in coordinates.
 
 Ranks first agree on a form for each weight, in one small all-reduce of integers:
 
     none     it is None on every rank, and stays None
     small    A (or R) on some ranks, None on the others, who add zeros of that shape
-    dense    somewhere it is dense, so it is made dense everywhere: a sum needs one shape
+    dense    it is dense on some rank, so it is made dense on all: a sum needs one shape
 
-A small gradient is coordinates in a basis, so a sum of them means nothing unless every rank
-has the same basis. A number that depends on all of it travels with the forms; ranks that
-differ raise.
+A sum of coordinates is only valid if every rank has the same basis. A fingerprint of the basis
+is reduced with the forms; if ranks differ, all raise UnsupportedError.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.gradient import ProjectedGrad
 
 dist = torch.distributed
-CHUNK = 25 * 2**20  # bytes that are copied together, and sent as one
-ABSENT = -(2**62)  # below every mark: loses any maximum
-USED, DENSE, MARK, MINUS_MARK = range(4)  # what a rank tells of a weight; the maximum counts
+CHUNK = 25 * 2**20  # bytes per all-reduce
+ABSENT = -(2**62)  # less than every mark, so it never is the maximum
+USED, DENSE, MARK, MINUS_MARK = range(4)  # columns per weight, reduced by maximum
 
 BasisOf = Callable[[nn.Parameter], Basis | None]
 
 
 @dataclass
 class Sent:
-    """Bytes of gradients handed to all_reduce on this rank, and what full ones would take."""
+    """Bytes of gradients that this rank has all-reduced, and the bytes of full ones."""
 
     small: int = 0
     dense: int = 0
@@ -69,22 +68,22 @@ class Averager:
         mean(tensors, group)
 
     def _agreed(self, group: Any, basis_of: BasisOf) -> list[list[int]]:
-        told = [self._told(i, weight, basis_of) for i, (_, weight) in enumerate(self.weights)]
+        mine = [self._form(i, weight, basis_of) for i, (_, weight) in enumerate(self.weights)]
         device = torch.device("cpu") if _takes_cpu(group) else self.weights[0][1].device
-        forms = torch.tensor(told, device=device)
+        forms = torch.tensor(mine, device=device)
         dist.all_reduce(forms, dist.ReduceOp.MAX, group)
         agreed: list[list[int]] = forms.tolist()
         for (name, weight), (used, dense, mark, minus) in zip(self.weights, agreed, strict=True):
             if used and not dense and mark != -minus:
                 raise UnsupportedError(
                     f"the gradient of {name} {tuple(weight.shape)} comes in another basis on "
-                    "another rank, so that a mean of coordinates means nothing: load the same "
+                    "another rank, so that a mean of coordinates is not valid: load the same "
                     "checkpoint on every rank (the optimizer's state, and "
                     "memrewrite.load_state_dict), or compile with gradients='dense'"
                 )
         return agreed
 
-    def _told(self, place: int, weight: nn.Parameter, basis_of: BasisOf) -> list[int]:
+    def _form(self, place: int, weight: nn.Parameter, basis_of: BasisOf) -> list[int]:
         grad: Any = weight.grad
         small = isinstance(grad, ProjectedGrad) and not grad.is_dense
         basis = grad.basis if small else None if grad is not None else basis_of(weight)
@@ -94,7 +93,7 @@ class Averager:
         return [int(small), 0, mark, -mark]
 
     def _mark(self, place: int, basis: Basis) -> int:
-        """The same for equal bases alone, as good as; neither v nor P is written in place."""
+        """A fingerprint of a basis; cached by tensor, as v and P are never overwritten."""
         tensor = basis.tensor
         known = self.marks.get(place)
         if known is None or known[0]() is not tensor:
@@ -116,14 +115,14 @@ def _full(weight: nn.Parameter) -> Tensor:
 
 
 def _small(weight: nn.Parameter, basis_of: BasisOf) -> Tensor:
-    """The coordinates, to be written in place."""
+    """The coordinates, which may be written in place."""
     grad: Any = weight.grad
     if grad is None:
         basis = basis_of(weight)
-        assert basis is not None  # this rank has told its mark
+        assert basis is not None  # some rank has it, and this rank has the same
         zeros = weight.new_zeros(basis.small(weight.shape))
         grad = weight.grad = ProjectedGrad(zeros, basis, weight.shape)
-    elif len(grad.held()) > 1:  # somebody holds a view of its dense value
+    elif len(grad.held()) > 1:  # a view of its dense value exists
         grad = weight.grad = grad.clone()
     assert isinstance(grad.coordinates, Tensor)
     return grad.coordinates
@@ -141,7 +140,7 @@ def mean(tensors: Sequence[Tensor], group: Any) -> None:
 
 
 def _chunks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Of one dtype and device each, about CHUNK bytes."""
+    """Lists of tensors of one dtype and device, about CHUNK bytes each."""
     chunks: list[list[Tensor]] = []
     latest: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
@@ -156,5 +155,5 @@ def _chunks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _takes_cpu(group: Any) -> bool:
-    """Whether integers may travel without waiting for a device."""
+    """Whether a group can reduce CPU tensors, which synchronises no device."""
     return "cpu:" in str(dist.get_backend_config(group))

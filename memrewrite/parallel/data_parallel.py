@@ -1,17 +1,17 @@
-"""Data parallel: small gradients past the reducer of DistributedDataParallel.
+"""Data parallelism: average small gradients outside of the reducer of DistributedDataParallel.
 
-The reducer copies each gradient into a bucket of its full size, and back: a small gradient
-is then dense. So a DDP whose model runs graphs of ours is adopted, in the first forward that
-does: its reducer is built again without the weights whose gradients may come small, in the
-way DDP itself builds it from a pickle, and `Averager` takes the mean of theirs. When:
+The reducer copies each gradient to a full-size bucket and back, which makes a small one dense.
+So a DDP whose model runs rewritten graphs is adopted in the first forward that does: its reducer
+is rebuilt, as DDP itself does after unpickling, without the weights whose gradients may be small,
+and `Averager` averages theirs:
 
     a forward with gradients, outside of no_sync, puts a hook on DDP's outputs; the first one
-    that backward meets queues one callback for the end of that backward, where all gradients
-    have been accumulated. It is the outermost backward, whatever checkpointing runs within.
+    to run in backward queues a callback for the end of that backward, when all gradients are
+    accumulated. It is the outermost backward, even with reentrant checkpointing.
 
-What DDP offers and this cannot serve is met before a graph is compiled: its gradients stay
-full-size, the reducer keeps them, and one warning says why. The only file that knows private
-parts of torch.distributed; read and run on torch 2.11 and 2.13.
+Options of DDP that this does not support are detected before a graph is compiled: gradients then
+stay full-size in the reducer, with one warning. The only file that uses private APIs of
+torch.distributed; read and run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AVERAGING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 
 
 class Trained(Protocol):
-    """What data parallelism needs of a compiled model: see `session.session.Session`."""
+    """The part of `session.session.Session` that data parallelism uses."""
 
     model: weakref.ref[nn.Module]
 
@@ -48,7 +48,7 @@ class Trained(Protocol):
 
 
 def obstacle(ddp: Any) -> str | None:
-    """Why the gradients of a DDP's model have to stay full-size; None where they may be small."""
+    """Why the gradients of a DDP's model must stay full-size; None if they may be small."""
     if ddp._join_config.enable:
         return "DDP runs with uneven inputs (join), whose other ranks shadow full gradients"
     if ddp.mixed_precision is not None:
@@ -70,7 +70,7 @@ def obstacle(ddp: Any) -> str | None:
 
 
 class Replica:
-    """What stands beside the reducer of one DDP. It does not keep the DDP alive."""
+    """The averaging of one DDP's small gradients; holds no reference to the DDP."""
 
     def __init__(self, ddp: Any) -> None:
         self.sessions: weakref.WeakSet[Trained] = weakref.WeakSet()
@@ -78,11 +78,11 @@ class Replica:
         self.averager = Averager([])
         self.handles: list[Any] = []
         self.hooks = len(ddp._comm_hooks)
-        self.armed = False  # the coming backward is to be averaged
+        self.armed = False  # average after the next backward
         self.queued = False
 
     def take(self, weights: dict[str, nn.Parameter]) -> None:
-        """These weights are ours from now on."""
+        """Average these weights from now on."""
         self.averager = Averager(list(weights.items()), self.averager.sent)
         self.release()
         queue = _weakly(self, outermost=False)  # where `_tensors` finds no output
@@ -94,7 +94,7 @@ class Replica:
             handle.remove()
 
     def arm(self, output: Any) -> None:
-        """After a forward whose backward is to be averaged."""
+        """Called after a forward whose gradients are to be averaged."""
         self._check()
         self.armed, self.queued = True, False
         queue = _weakly(self, outermost=True)
@@ -116,7 +116,7 @@ class Replica:
             )
 
     def queue(self) -> None:
-        """Take the means at the end of the backward that is running."""
+        """Average at the end of the running backward."""
         self.queued = True
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._finish)
@@ -133,7 +133,7 @@ class Replica:
 
 
 def _weakly(replica: Replica, outermost: bool) -> Callable[[Any], None]:
-    """A hook. outermost: no other backward is around the one that calls it."""
+    """A hook that queues the averaging. outermost: it runs in the outermost backward."""
     reference = weakref.ref(replica)
 
     def queue(_: Any) -> None:
@@ -147,7 +147,7 @@ def _weakly(replica: Replica, outermost: bool) -> Callable[[Any], None]:
 
 
 def _check_outermost() -> None:
-    """Raise UnsupportedError inside a reentrant checkpoint: other gradients come after its end."""
+    """Raise UnsupportedError within a reentrant checkpoint, after which more gradients follow."""
     frame: Any = sys._getframe()
     while frame is not None:
         code = frame.f_code
@@ -165,14 +165,14 @@ _replicas: weakref.WeakKeyDictionary[Any, Replica] = weakref.WeakKeyDictionary()
 
 
 def replica_of(ddp: nn.Module) -> Replica | None:
-    """What an adopted DDP was given."""
+    """The replica of an adopted DDP, or None."""
     return _replicas.get(ddp)
 
 
 def adopt(session: Trained, all_of_them: Callable[[], Sequence[Trained]]) -> None:
-    """In a call of one of this session's graphs: see to the DDP that it runs in.
+    """Adopt the DDP that the running call of one of this session's graphs is in.
 
-    Without gradients as well: a reentrant checkpoint runs with them in backward alone.
+    Also without gradients: a reentrant checkpoint enables them only in backward.
     """
     ddp = active()
     if ddp is None:
@@ -183,7 +183,7 @@ def adopt(session: Trained, all_of_them: Callable[[], Sequence[Trained]]) -> Non
 
 
 def group_of(session: Trained) -> Any:
-    """The process group whose ranks train this session's model together; None for one alone."""
+    """The process group that trains this session's model together; None for a single process."""
     dist, model, ddp = torch.distributed, session.model(), active()
     if model is None or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -196,7 +196,7 @@ def group_of(session: Trained) -> Any:
 
 
 def foresee(session: Trained) -> None:
-    """Before a graph is compiled: whether its gradients may come small at all."""
+    """Called before a graph is compiled: keep gradients full-size where small ones would fail."""
     model, ddp = session.model(), active()
     if session.full is not None or model is None:
         return
@@ -207,7 +207,7 @@ def foresee(session: Trained) -> None:
 
 
 def _adopt(ddp: Any, session: Trained, others: Sequence[Trained]) -> None:
-    """Take the weights of all sessions at once: ranks may call them in another order."""
+    """Adopt the weights of all sessions at once, as ranks may call them in different orders."""
     if (reason := obstacle(ddp)) is not None:
         session.keep_full(reason)
         return
@@ -227,7 +227,7 @@ def _adopt(ddp: Any, session: Trained, others: Sequence[Trained]) -> None:
 
 
 def _rebuild(ddp: Any, ours: set[nn.Parameter]) -> None:
-    """Another reducer, as DDP makes one from a pickle, without these parameters."""
+    """Rebuild the reducer, as DDP does after unpickling, without these parameters."""
     ignored = ddp.parameters_to_ignore
     names = {
         f"{path}.{name}"  # as the reducer spells them
@@ -263,7 +263,7 @@ def _restore_settings(ddp: Any) -> None:
 
 
 class _Nothing:
-    """A reducer of no parameters, which torch's own cannot be."""
+    """A reducer of no parameters, which torch's class does not allow."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: None
@@ -274,7 +274,7 @@ class _Nothing:
 
 @functools.cache
 def _install() -> None:
-    """See the outputs of every forward. A hook on the module would make Dynamo trace it again."""
+    """Hook into every DDP's forward; a hook on the module would make Dynamo trace it again."""
     original: Any = DDP._post_forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -291,7 +291,7 @@ def _install() -> None:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those in lists, dictionaries and data classes: where DDP looks, too."""
+    """The tensors in lists, dictionaries and data classes, which DDP finds too."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel and fully_shard make of a model, and of a graph's arguments."""
+"""Models inside DistributedDataParallel and fully_shard, and the arguments of their graphs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ KNOWN = all(hasattr(DDP, part) for part in PARTS)
 
 
 def active() -> Any:
-    """The DDP whose forward is running, if one is."""
+    """The DDP whose forward is running, or None."""
     return DDP._active_ddp_module if KNOWN else None
 
 
 def inner(model: Any) -> Any:
-    """What a DDP wraps: names, sites and state are those of the model itself."""
+    """The model inside a DDP, which names, sites and state refer to; any other model itself."""
     while isinstance(model, DDP):
         model = model.module
     return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard holds parameters of a model, which are whole while a block runs."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded by whoever uses it
+    """Whether fully_shard manages parameters of a model."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # None if not used
     kind = getattr(fsdp, "FSDPModule", ())
     if any(isinstance(module, kind) for module in model.modules()):
         return True
@@ -42,12 +42,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def rehearsed() -> bool:
-    """Whether a graph is called by DDPOptimizer, which splits it while Dynamo compiles."""
+    """Whether DDPOptimizer calls a graph, during a compile that splits it."""
     return active() is not None and torch._guards.TracingContext.try_get() is not None
 
 
 def originals(model: nn.Module | None, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Parameters and buffers, where DDPOptimizer compiles a part with copies without memory."""
+    """Inputs with the real parameters and buffers, where DDPOptimizer compiles with fake ones."""
     modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     mode = next(modes, None) if active() is not None else None
     if mode is None or model is None:

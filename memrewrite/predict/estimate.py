@@ -1,16 +1,16 @@
-"""estimate(model, *inputs): what a training step will take, before anything is run.
+"""estimate(model, *inputs): predict the memory of a training step without running it.
 
-The model is copied without memory, captured, rewritten and split exactly as it would be
-for training; no code is generated and no step is run. Saved bytes are then those of the
-compiled program; peaks are predictions from the liveness of its graphs.
+The model is copied to fake tensors, captured, rewritten and partitioned exactly as for training;
+no code is generated and no step is run. Saved bytes are those of the compiled program; peaks are
+predictions from the liveness of its graphs.
 
-    forward    weights + state + what the forward holds at its worst moment
-    backward   weights + state + what is still saved, temporaries, gradients so far
+    forward    weights + state + the peak of the forward
+    backward   weights + state + saved activations, temporaries and gradients at the peak
     step       weights + state + all gradients + the optimizer's temporaries
-    refresh    the same with a projector's decomposition in place of them; or the worst moment of
-               a step whose gradients are sketched, where they come in coordinates
+    refresh    the same with a projector's decomposition in place of the temporaries; or, with
+               gradients in coordinates, the peak of a step whose gradients are sketched
 
-Code, the interpreter and what a library keeps for itself are not in these figures.
+Excludes code, the interpreter and the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 
 @dataclass(frozen=True)
 class Program:
-    """One way to train: bytes that are held, and predicted peaks of each phase.
+    """Bytes of one training program: what it holds, and the predicted peak of each phase.
 
-    saved: activations between forward and backward, exactly; inputs that backward reads
-        are among them.
-    refresh_peak: None where nothing is projected.
+    saved: exact bytes of activations between forward and backward, including inputs that
+        backward reads.
+    refresh_peak: None if nothing is projected.
     """
 
     parameters: Bytes
@@ -59,7 +59,7 @@ class Program:
 
     @property
     def peak(self) -> Bytes:
-        """Of a whole training step."""
+        """The peak of a whole training step."""
         peaks = [self.forward_peak, self.backward_peak, self.step_peak]
         if self.refresh_peak is not None:
             peaks.append(self.refresh_peak)
@@ -68,10 +68,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The plain and the rewritten program side by side; printable as a table.
+    """The plain and the rewritten program; printable as a table.
 
-    symbols: what each free symbol stands for; empty unless dynamic.
-    dominates: the largest shares of the rewritten program's activation peak, in words.
+    symbols: the meaning of each free symbol; empty unless dynamic.
+    dominates: a sentence on the largest shares of the rewritten program's activation peak.
     """
 
     plain: Program
@@ -80,7 +80,7 @@ class Estimate:
     dominates: str
 
     def evaluate(self, **sizes: int) -> Estimate:
-        """The same in numbers, `evaluate(B=8, S=512)`. Raises ValueError for missing sizes."""
+        """The estimate in numbers, `evaluate(B=8, S=512)`. Raises ValueError for missing sizes."""
         missing = sorted(set(self.symbols) - set(sizes))
         if missing or set(sizes) - set(self.symbols):
             known = ", ".join(f"{s} ({m})" for s, m in self.symbols.items()) or "no symbol"
@@ -99,7 +99,7 @@ class Estimate:
         return Estimate(program(self.plain), program(self.rewritten), {}, owners)
 
     def largest(self, symbol: str, budget: int, **sizes: int) -> tuple[int, int]:
-        """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 for none.
+        """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 if none.
 
         The other symbols are fixed by `sizes`. Raises ValueError as `evaluate` does.
         """
@@ -121,7 +121,7 @@ class Estimate:
         return search("plain"), search("rewritten")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; formulas as text."""
+        """The estimate as plain data; formulas are strings."""
 
         def plain(of: Program) -> dict[str, Any]:
             values = {**vars(of), "peak": of.peak}
@@ -152,7 +152,7 @@ def _numbers(rows: list[tuple[str, Bytes, Bytes]]) -> str:
 
 
 def _formulas(rows: list[tuple[str, Bytes, Bytes]]) -> str:
-    """One below the other: they are long."""
+    """Formulas, one per line, as they are long."""
     lines = []
     for name, before, after in rows:
         lines += [name, f"  torch.compile  {_shown(before)}", f"  memrewrite     {_shown(after)}"]
@@ -178,16 +178,16 @@ def estimate(
     dynamic: bool = False,
     **kwargs: Any,
 ) -> Estimate:
-    """Predict the memory of training `model(*args, **kwargs)`; needs no memory of that size.
+    """Predict the memory of training `model(*args, **kwargs)`, without allocating it.
 
-    The rewritten program is that of the options the model was compiled with, by
-    `memrewrite.compile`; of exact rewrites alone where it was not. `optimizer` is an
-    optimizer over the model's parameters, a callable that makes one (`torch.optim.AdamW`),
-    or None for no state. With `dynamic=True` the sizes of the inputs are symbols: B and S are
-    the first two dimensions of the first input. Tensors on the meta device count as CPU's.
+    The rewritten program has the options of `memrewrite.compile`, or only exact rewrites if the
+    model is not compiled. `optimizer` is an optimizer over the model's parameters, a callable that
+    makes one (`torch.optim.AdamW`), or None for no state. With `dynamic=True` the sizes of the
+    inputs are symbols: B and S are the first two dimensions of the first input. Tensors on the
+    meta device count as CPU tensors.
 
-    Raises UnsupportedError where capture fails, where nothing is trained, or where the
-    optimizer's state cannot be told.
+    Raises UnsupportedError where capture fails, where nothing is trained, or where the state of
+    the optimizer is not known.
     """
     refuse_options(model, kwargs, "estimate")
     session, model = known_session(model), inner(model)
@@ -220,10 +220,10 @@ def estimate(
 
 
 def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
-    """The estimate of a stack of like layers from those of three lower stacks, or None.
+    """The estimate of a deep model by extrapolation from three shallower ones, or None.
 
-    Legal where every figure grows by the same amount a layer: the three, at equal
-    distances, must lie on one line, figure by figure.
+    Valid where every figure grows by a constant per layer: each must be linear in the three
+    depths, which are equally far apart.
     """
     (a, first), (b, second), (c, third) = sorted(shallow.items())
     if b - a != c - b:
@@ -249,19 +249,19 @@ def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
     )
 
 
-# --- adding up -----------------------------------------------------------------------------
+# --- totals --------------------------------------------------------------------------------
 
 
 def _with_sketches(
     program: Program, model: nn.Module, args: Any, kwargs: Any, dynamic: bool, kept: Kept
 ) -> Program:
-    """The same with the peak of the steps whose gradients are sketched for a new projector."""
+    """The program with the peak of the steps whose gradients are sketched."""
     traced, fake = trace(model, args, kwargs, dynamic, settled=False)
     records = [binding.variant.record for binding in traced.bindings()]
     records = [record for record in records if not record.inference]
     peaks = _program(fake, records, "after", kept, symbols_of(records))
     held = [basis.p for basis in traced.bases.by_name.values()] if traced.bases else []
-    bases = sum(p.nbytes for p in held)  # beside the projectors
+    bases = sum(p.nbytes for p in held)  # in addition to projectors
     found = [peaks.forward_peak + bases, peaks.backward_peak + bases]
     found += [] if program.refresh_peak is None else [program.refresh_peak]
     return replace(program, refresh_peak=largest(found))
@@ -275,7 +275,7 @@ def _program(
     symbols: dict[str, Any],
     small: Mapping[str, int] = MappingProxyType({}),
 ) -> Program:
-    """Graphs run one after the other forward, and in reverse order backward."""
+    """The program of graphs that run in order forward, and in reverse order backward."""
     saved = [read(getattr(r, f"formula_{when}"), symbols) for r in records]
     memory = [_memory(r, when) for r in records]
     gradients = [m.gradients for m in memory]

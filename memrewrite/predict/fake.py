@@ -1,4 +1,4 @@
-"""Tensors with shapes and devices, and no memory: models of any size, on any machine."""
+"""Fake tensors, without storage: models of any size, on any machine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 
 
 def fake_mode(dynamic: bool) -> FakeTensorMode:
-    """A context in which tensors are made without memory; their sizes can be symbols."""
+    """A context in which tensors are fake; their sizes may be symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv() if dynamic else None, allow_non_fake_inputs=True)
 
 
 def without_memory(
     mode: Any, model: nn.Module, args: Any, kwargs: Any
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Copies of model and inputs whose tensors have no memory."""
+    """Copies of model and inputs whose tensors are fake."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -40,7 +40,9 @@ def without_memory(
         twin = copy.deepcopy(model, dict(made))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and id(leaf) not in made:  # one tensor given twice stays one
+        if (
+            isinstance(leaf, Tensor) and id(leaf) not in made
+        ):  # a tensor that is given twice stays one
             made[id(leaf)] = fake(leaf)
     given, named = pytree.tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], spec)
     return twin, given, named

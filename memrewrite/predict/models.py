@@ -1,4 +1,4 @@
-"""Models and inputs by description, without memory: what the shell commands are asked about.
+"""The MODEL argument of the command line: models and inputs by description.
 
 A MODEL is a Hugging Face config.json, one of the GaLore paper's LLaMA shapes by name
 (llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, or `module:function`,
@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # hidden, intermediate, layers, heads, key-value heads; vocabulary 32000. GaLore: arXiv
 # 2403.03507, table 5 and its configs; 70b: arXiv 2307.09288.
 LLAMA = {
-    "llama-tiny": (128, 352, 4, 4, 4),  # ours: to train in a minute
+    "llama-tiny": (128, 352, 4, 4, 4),  # not from a paper: trains in a minute
     "llama-60m": (512, 1376, 8, 8, 8),
     "llama-130m": (768, 2048, 12, 12, 12),
     "llama-350m": (1024, 2736, 24, 16, 16),
@@ -33,7 +33,7 @@ LLAMA = {
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
 NAMES = (*LLAMA, "gpt2-small", "vit-small")
-DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # as configs name it
+DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # names in configs
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -51,10 +51,9 @@ def from_config(
     dtype: torch.dtype | None = None,
     dropout: bool = True,
 ) -> nn.Module:
-    """A causal language model, or an image classifier where the config is one's.
+    """A causal language model or an image classifier, by its config.
 
-    On the meta device it takes no memory. Without `dropout` it has none. Raises ValueError for
-    an unknown one.
+    dropout: False sets every dropout rate to 0. Raises ValueError for an unknown config.
     """
     config = config_of(name)
     if vocab is not None:
@@ -74,12 +73,12 @@ def from_config(
 
 
 def takes_images(model: Any) -> bool:
-    """Whether its config is that of an image classifier."""
+    """Whether a model's config is that of an image classifier."""
     return "image_size" in vars(model.config)
 
 
 def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of random tokens, its own labels; of images for a model that takes them."""
+    """A batch of random tokens with labels, or of images for a model that takes images."""
     config = model.config
     if takes_images(model):
         size = (batch, config.num_channels, config.image_size, config.image_size)
@@ -90,7 +89,7 @@ def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[st
 
 
 def config_of(name: str) -> Any:
-    """The Hugging Face config of a known shape or a file. Raises ValueError for others."""
+    """The Hugging Face config of a known shape or a file. Raises ValueError for anything else."""
     try:
         from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
     except ImportError as error:
@@ -121,7 +120,7 @@ def config_of(name: str) -> Any:
 
 
 def called(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """What `module:function` returns. Raises ValueError where that is something else."""
+    """The (model, args, kwargs) that `module:function` returns. Raises ValueError if it is not."""
     module, _, function = name.partition(":")
     made = getattr(importlib.import_module(module), function)()
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):

@@ -1,8 +1,8 @@
-"""What an optimizer will hold, and what its step and a refresh need for a moment: by formula.
+"""Bytes of an optimizer's state, and of the temporaries of its step and of a refresh.
 
-Stock Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD one
-with momentum. A projected weight keeps what `projection.projected_numbers` says, one whose
-gradient comes as coordinates moments of these alone.
+Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD with momentum
+one. A projected weight keeps `sites.eligible.projected_numbers`; a weight with a small gradient
+keeps only moments of its coordinates.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def state_of(
 ) -> tuple[Kept, Kept]:
     """(plain, rewritten) of an optimizer over all of a model's trained parameters.
 
-    small: of each parameter whose gradient comes as coordinates, the bytes of that, and those of
-        its v, which the state holds as well.
-    pushed: parameters whose gradient comes in the projector's coordinates.
-    moments: the form that those of all other parameters are kept in.
-    Raises UnsupportedError for an optimizer whose state is not known here.
+    small: parameter with a small VeLoRA gradient -> bytes of that, and of its v, which is in the
+        state too.
+    pushed: parameters whose gradient is in the projector's coordinates.
+    moments: the storage format of all other parameters' moments.
+    Raises UnsupportedError for an optimizer whose state is not known.
     """
     if optimizer is None:
         return Kept(0), Kept(0)
@@ -80,7 +80,7 @@ def state_of(
     if kind not in (optim.Adam, optim.AdamW) or (
         group["weight_decay"] and not group["decoupled_weight_decay"]
     ):
-        dense = sum(p.nbytes for p in factored)  # built in each step
+        dense = sum(p.nbytes for p in factored)  # full gradients, built in each step
         return plain, Kept(plain.state, plain.step + dense)
     sites = sites_of(model, galore).projected if galore is not None else []
     sites = [site for site in sites if site.weight.parameter not in small]
@@ -91,7 +91,10 @@ def state_of(
     state += sum(count * small[p][0] + small[p][1] for p in factored)
     given = [s for s in sites if s.weight.parameter in pushed]
     others = [s for s in sites if s.weight.parameter not in pushed]
-    updates = [*map(_update, others), *(_update(s) // 2 for s in given)]  # of those, R is there
+    updates = [
+        *map(_update, others),
+        *(_update(s) // 2 for s in given),
+    ]  # R of `given` is the gradient
     step = max([_temporaries(rest, group), *updates])
     refreshes = [*(_refresh(s, galore) for s in others if galore), *map(_sketched, given)]
     refresh = None if galore is None else max(refreshes, default=None)
@@ -99,14 +102,14 @@ def state_of(
 
 
 def _stored(parameter: nn.Parameter, count: int, moments: Moment | None) -> int:
-    """Of the moments of one weight, in the form that is asked for."""
+    """Bytes of the moments of one weight, in the storage format if it applies."""
     if moments is None or moments.declines(parameter) is not None:
         return count * parameter.nbytes
     return moments.bytes_of(parameter, list(ADAM.moments)[:count])
 
 
 def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
-    """Fused: none. foreach: one more of everything. One by one: three of the largest."""
+    """Bytes: fused, none; foreach, a copy of all parameters; else three times the largest."""
     if group.get("fused"):
         return 0
     sizes = [p.nbytes for p in parameters]
@@ -123,19 +126,19 @@ def _projected(site: Site, moments: int) -> int:
 
 
 def _update(site: Site) -> int:
-    """R and Z, (r, other) each, in float32 at least."""
+    """Bytes of R and Z, (r, other) each, in at least float32."""
     _, other = _sides(site)
     return 2 * site.rank * other * max(4, site.weight.parameter.element_size())
 
 
 def _refresh(site: Site, galore: GaLore) -> int:
-    """The gradient in float32, normalised, and the factors of its decomposition."""
+    """Bytes of the normalised float32 gradient and the factors of its decomposition."""
     side, other = _sides(site)
     size = site.weight.parameter.element_size()
     copies = 1 if size >= 4 else 2
     if galore.refresh == "svd":
         factors = side * min(side, other) + min(side, other) * other
-        factors += side * other  # LAPACK's own copy
+        factors += side * other  # LAPACK's copy
     else:
         k = min(site.rank + OVERSAMPLING, side, other)
         factors = 2 * k * (side + other)
@@ -143,7 +146,7 @@ def _refresh(site: Site, galore: GaLore) -> int:
 
 
 def _sketched(site: Site) -> int:
-    """The sketch, normalised, its factors, and R: (side, k) three times and (r, other)."""
+    """Bytes of the normalised sketch, its factors, and R: 3 x (side, k) and (r, other)."""
     side, other = _sides(site)
     k = min(site.rank + OVERSAMPLING, other)
     size = site.weight.parameter.element_size()

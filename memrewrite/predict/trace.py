@@ -1,4 +1,4 @@
-"""A model captured, rewritten and split without memory, and what its gradients will take."""
+"""Capture, rewrite and partition a model on fake tensors; bytes of its small gradients."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ from memrewrite.session.session import Session, known_session
 def trace(
     model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: bool, settled: bool = True
 ) -> tuple[Session, nn.Module]:
-    """Capture, rewrite and split a model without memory: its session, and the copy it is of.
+    """Capture, rewrite and partition a fake copy of a model; returns its session and the copy.
 
-    The options are those that the model was compiled with, none where it was not.
-    settled: as between two refreshes of GaLore's projectors, not on the step of one.
-    Raises UnsupportedError where capture fails.
+    The options are those of the model's compile, or none. settled: for a step between two
+    refreshes of GaLore's projectors, not of a refresh. Raises UnsupportedError where capture fails.
     """
     known = known_session(model)
     velora, galore = (known.velora, known.galore) if known else (None, None)
     if velora is not None:
-        velora = replace(velora, init="ones")  # the same bytes, and no calibration
+        velora = replace(velora, init="ones")  # the same bytes without calibration
     activations = known.request.get("activations") if known else None
     mode = fake_mode(dynamic)
     fake, inputs, keywords = without_memory(mode, model, args, kwargs)
@@ -49,7 +48,7 @@ def trace(
 
 
 def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Bytes of the gradients that come as coordinates, and of their v, by the weight's name."""
+    """Weight's name -> bytes of its small VeLoRA gradient and of its v."""
     vectors = session.vectors
     if vectors is None:
         return {}
@@ -59,7 +58,7 @@ def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[in
 
 
 def projected_gradients(session: Session, model: nn.Module) -> dict[str, int]:
-    """Bytes of the gradients that come in a projector's coordinates, by the weight's name."""
+    """Weight's name -> bytes of its gradient in a projector's coordinates."""
     return _small(session, model, Bases)
 
 

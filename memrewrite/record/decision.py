@@ -1,7 +1,7 @@
-"""What one compile decided: plain data, written once, readable beside a warm cache.
+"""The decisions of one compile: plain data, stored next to torch's cache.
 
-Sizes are bytes at the shapes of the compile; the formulas hold them symbolically where
-shapes are dynamic. Positions count the captured graph's arguments.
+Sizes are bytes at the shapes of the compile; formulas have them symbolically where shapes
+are dynamic. Positions count the captured graph's arguments.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-HALVES = ("forward", "backward")
+GRAPHS = ("forward", "backward")
 
 
 @dataclass
 class InputRecord:
-    """One activation that weight gradients read, and what became of it."""
+    """One activation that weight gradients read, and what is saved of it."""
 
     compressed: dict[str, list[int]]  # method: weights that read its z in place of x, leader first
     exact_weights: list[int]  # the others
     features: int  # D
     bytes: int  # of the activation
-    small_bytes: dict[str, int] = field(default_factory=dict)  # method: of what it keeps instead
-    before: int = 0  # kept by torch.compile's default partition
-    after: int = 0  # kept by ours: the activation, or what stands for it, or nothing
+    small_bytes: dict[str, int] = field(default_factory=dict)  # method -> bytes of its z
+    before: int = 0  # bytes saved by torch.compile's default partition
+    after: int = 0  # bytes saved by ours: the activation, or its compressed form, or nothing
     outcome: Literal["recomputed", "replaced", "kept"] = "recomputed"
     kept_by: list[str] = field(default_factory=list)
-    declined: dict[int, str] = field(default_factory=dict)  # weights that a method left: why
+    declined: dict[int, str] = field(default_factory=dict)  # weight -> why a method declined it
 
     @property
     def weights(self) -> list[int]:
-        """All that read something smaller."""
+        """All weights that read a compressed form."""
         return sorted(weight for weights in self.compressed.values() for weight in weights)
 
     @classmethod
@@ -47,20 +47,20 @@ class InputRecord:
 
 @dataclass
 class KeptRecord:
-    """One tensor that a forward hands to its backward, in the order of the graph."""
+    """One tensor that a forward saves for its backward, in the order of the graph."""
 
     name: str
     module: str
     operation: str
-    shape: list[int | str]  # a text where it is symbolic
+    shape: list[int | str]  # str where it is symbolic
     dtype: str
-    bytes: int  # of its memory, at the first row that has it
+    bytes: int  # of its storage, at the first record that has it; else 0
     lives_anyway: bool  # a parameter, a buffer or a v
     compressed: bool
     used_by: list[str]  # operations in backward
 
     def fits(self, tensor: Tensor) -> bool:
-        """True where a tensor may be this one."""
+        """Whether a tensor has this shape and dtype; a symbolic size fits any."""
         return (
             str(tensor.dtype) == self.dtype
             and tensor.ndim == len(self.shape)
@@ -72,7 +72,7 @@ class KeptRecord:
 
 @dataclass
 class Culprit:
-    """A memory that lives at the peak."""
+    """A buffer that is live at the peak."""
 
     name: str
     module: str
@@ -83,9 +83,9 @@ class Culprit:
 
 @dataclass
 class MemoryRecord:
-    """Bytes over time of one graph's two halves; see `memrewrite.compiler.liveness`."""
+    """Bytes over time of one forward and backward; see `memrewrite.compiler.liveness`."""
 
-    forward: list[tuple[str, int]]  # (operation, bytes live while it runs)
+    forward: list[tuple[str, int]]  # (operation, live bytes while it runs)
     backward: list[tuple[str, int]]
     forward_peaks: list[str]  # formulas; the largest is the peak
     backward_peaks: list[str]
@@ -98,22 +98,22 @@ class MemoryRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> MemoryRecord:
-        pairs = {key: [(str(o), int(b)) for o, b in data[key]] for key in (*HALVES, "composition")}
+        pairs = {key: [(str(o), int(b)) for o, b in data[key]] for key in (*GRAPHS, "composition")}
         return cls(**{**data, **pairs, "culprits": [Culprit(**c) for c in data["culprits"]]})
 
 
 @dataclass
 class GraphRecord:
-    """One captured graph: what became of its activations, and its totals."""
+    """One captured graph: the decisions for its activations, and its totals."""
 
     inference: bool = False
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
-    # Method: weights whose whole gradient has its small form; those of which it alone is returned.
+    # Method -> weights whose whole gradient has its small form; those that return only that form.
     whole: dict[str, list[int]] = field(default_factory=dict)
     returned: dict[str, list[int]] = field(default_factory=dict)
-    absent: dict[int, int] = field(default_factory=dict)  # outputs whose gradient may be: bytes
+    absent: dict[int, int] = field(default_factory=dict)  # output -> bytes of zeros
     kept_before: int = 0
     kept_after: int = 0
     formula_before: str = ""
@@ -125,7 +125,7 @@ class GraphRecord:
     stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
 
     def show(self, stage: str, text: str) -> None:
-        """Keep a graph's listing, compressed: about a sixth of its size."""
+        """Keep a graph's listing, compressed to about a sixth."""
         packed = base64.b64encode(zlib.compress(text.encode(), 6)).decode()
         self.stages.append((stage, packed))
 
@@ -138,7 +138,7 @@ class GraphRecord:
         return unpacked
 
     def store(self, path: Path) -> None:
-        """Write to `path`; a cache that cannot be written costs a compile, never a run."""
+        """Write to `path`; an OSError is ignored, as the graph can be compiled again."""
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{id(self)}.tmp")
@@ -147,7 +147,7 @@ class GraphRecord:
 
     @classmethod
     def load(cls, path: Path) -> GraphRecord | None:
-        """What `store` wrote there, or None."""
+        """The record that `store` wrote there, or None."""
         try:
             data = json.loads(path.read_text())
             inputs = [InputRecord.from_json(item) for item in data["inputs"]]

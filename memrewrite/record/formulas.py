@@ -1,4 +1,4 @@
-"""Bytes as numbers, or as formulas in the sizes of the inputs."""
+"""Bytes as ints, or as sympy formulas in the sizes of the inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read(formula: str, symbols: dict[str, Any]) -> Bytes:
 
 
 def largest(values: list[Bytes]) -> Bytes:
-    """The maximum; of formulas, of those that no other one exceeds at all sizes."""
+    """The maximum over those formulas that no other formula dominates."""
     if all(isinstance(v, int) for v in values):
         return max(values)
     kept: list[Bytes] = []
@@ -37,7 +37,7 @@ def _exceeds(one: Bytes, other: Bytes) -> bool:
 
 
 def symbols_of(records: list[GraphRecord]) -> dict[str, tuple[sympy.Symbol, str]]:
-    """Each symbol of the graphs under a name that users know: B and S first, then n2, n3 ..."""
+    """Symbol -> its sympy symbol for users (B and S first, then n2, n3 ...) and its meaning."""
     found: dict[str, tuple[int, int]] = {}
     for record in records:
         for name, place in record.symbols.items():

@@ -1,4 +1,4 @@
-"""A graph as text: one line a node, with shapes, dtypes, module and source line."""
+"""A graph as text: one line per node, with shape, dtype, module and source line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ITEMSIZE = {short: dtype.itemsize for dtype, short in SHORT.items()}
 
 
 def listing(graph: Graph) -> str:
-    """The whole graph, readable and made to be compared line by line."""
+    """The whole graph as text, which a line-by-line diff can compare."""
     return "\n".join(line_of(node) for node in graph.nodes) + "\n"
 
 
@@ -45,7 +45,7 @@ def line_of(node: Node) -> str:
 
 
 def value_of(node: Node) -> str:
-    """A node's value in short: `bf16[8, 256]`."""
+    """The dtype and shape of a node's value: `bf16[8, 256]`."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         sizes = ", ".join(map(str, value.shape))
@@ -62,14 +62,14 @@ def difference(before: str, after: str, names: tuple[str, str]) -> str:
 
 
 def changed(before: str, after: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(inserted, removed): the nodes that one listing has and the other has not, with lines."""
+    """(inserted, removed): node name -> line, for nodes that only one listing has."""
     old, new = _lines(before), _lines(after)
     inserted = {name: line for name, line in new.items() if name not in old}
     return inserted, {name: line for name, line in old.items() if name not in new}
 
 
 def described(name: str, line: str) -> dict[str, Any]:
-    """A line as data: the node, its module and source line, and its bytes (None: symbolic)."""
+    """A line as data: node, module, source line, and bytes (None where symbolic)."""
     module, _, source = line.partition("  # ")[2].partition(": ")
     value = VALUE.match(line)
     size: int | None = 0

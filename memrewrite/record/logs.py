@@ -1,4 +1,4 @@
-"""What was decided, for torch's own instruments: TORCH_LOGS="+memrewrite", and tlparse."""
+"""Log the decisions of a compile: TORCH_LOGS="+memrewrite", and artifacts for tlparse."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from memrewrite.record.listing import difference
 log = logging.getLogger(__name__)
 
 
-def tell(record: GraphRecord, names: Mapping[int, str]) -> None:
-    """Log the decisions of one compile, and leave them in the structured trace."""
+def log_decisions(record: GraphRecord, names: Mapping[int, str]) -> None:
+    """Log the decisions of one compile, and write them to the structured trace."""
     if record.inference:
         log.debug("an inference graph: nothing to rewrite")
         return
@@ -69,7 +69,7 @@ def _facts(record: GraphRecord, names: Mapping[int, str]) -> dict[str, object]:
 
 
 def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
-    """Left in the trace where there is one; nothing is computed where there is none."""
+    """Write to the structured trace, if there is one; else `payload` is not called."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},

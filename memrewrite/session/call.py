@@ -1,4 +1,4 @@
-"""What torch.compile is given in place of a module: a function of our own."""
+"""The function that torch.compile compiles in place of a module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _serial = itertools.count()
 
 
 def call_of(model: nn.Module) -> Any:
-    """A function of our own around the module's call.
+    """A function that calls the module.
 
-    Dynamo skips frames of torch.nn, so compiling a stock module's own call compiles
-    nothing. Each model gets a code object of its own, because Dynamo counts recompiles
-    per code object: two models must not use up one limit.
+    Needed because Dynamo skips frames of torch.nn, so that compiling a torch.nn module's call
+    compiles nothing. Each model has its own code object, because Dynamo limits recompiles per
+    code object: two models must not share one limit.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

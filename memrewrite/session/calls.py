@@ -1,9 +1,9 @@
-"""Count the calls of a compiled model that train, and those that ran none of our graphs.
+"""Count the training calls of a compiled model, and those that ran no rewritten graph.
 
-Dynamo decides call by call whether compiled code runs; where it does not, the model runs
-as it is, trains correctly, and saves nothing. Each such kind of miss is told once, with
-its remedy, and the report counts them. Where a miss need not last (an exception, a
-profiler's mode), Dynamo is made to look at the next call again.
+Dynamo decides for each call whether compiled code runs; where it does not, the model runs
+eagerly, trains correctly, and saves no memory. Each cause is warned of once, with its remedy,
+and the report counts such calls. Where the cause may be temporary (an exception, a profiler's
+mode), Dynamo is made to try the next call again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.utils import _pytree as pytree
 from memrewrite.errors import warn
 from memrewrite.session import skipping
 
-WINDOW = 100  # calls that the report looks back on
-LOOKS = 8  # times that Dynamo is made to look again at a model, which traces it each time
+WINDOW = 100  # latest calls that the report counts
+LOOKS = 8  # times per model that Dynamo is made to try again, which traces it each time
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Calls:
-    """The calls of one model that trained, and which of them missed."""
+    """The training calls of one model, and which of them ran eagerly (missed)."""
 
     called: bool = False  # Dynamo has captured something
     ran: int = 0  # rewritten training graphs that were called
@@ -39,22 +39,22 @@ class Calls:
     missed: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
     looks: int = LOOKS
     raised: int = 0  # exceptions
-    told: set[str] = field(default_factory=set)  # kinds of cause
+    warned: set[str] = field(default_factory=set)  # kinds of cause
     cause: str = ""  # of the last miss
 
     def count(self, training: bool, foreign: bool) -> None:
-        """A captured graph is called."""
+        """Count a call of a captured graph."""
         if foreign:
             self.foreign = True
         else:
             self.ran += training
 
     def recent(self) -> tuple[int, int]:
-        """(missed, all) of the last calls, at most WINDOW."""
+        """(missed, all) of the latest calls, at most WINDOW."""
         return sum(n > self.total - WINDOW for n in self.missed), min(self.total, WINDOW)
 
     def line(self) -> str:
-        """What the report says of them; nothing where none was missed."""
+        """A line for the report; "" where no call missed."""
         missed, recent = self.recent()
         if not missed:
             return ""
@@ -67,9 +67,9 @@ def watched(
     call: Callable[..., Any],
     compiled: Callable[..., Any],
 ) -> Any:
-    """The compiled call of a model, counted. `call` is what it compiles.
+    """A wrapper that counts the calls of `compiled`, which compiles `call`.
 
-    An outer compiler traces through it, as through the compiled call itself.
+    An outer compiler traces through it, as through `compiled`.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def watched(
 
 
 def _raised(calls: Calls, error: Exception) -> None:
-    """Dynamo skips from now on what raised while it ran as it is: have it look again."""
+    """Undo that Dynamo skips frames for good after an exception in them."""
     calls.raised += 1
     if calls.looks:
         calls.looks -= 1
@@ -111,9 +111,9 @@ def _missed(model: nn.Module | None, calls: Calls, call: Any, result: Any) -> No
         calls.looks -= 1
         skipping.look_again([call.__code__, *skipping.forwards(model)])
     calls.cause = f"{cause.reason}; {cause.remedy}"
-    log.info("a call of %s ran as it is: %s", type(model).__name__, calls.cause)
-    if cause.kind not in calls.told:
-        calls.told.add(cause.kind)
+    log.info("a call of %s ran eagerly: %s", type(model).__name__, calls.cause)
+    if cause.kind not in calls.warned:
+        calls.warned.add(cause.kind)
         warn(
             f"a training call of {type(model).__name__} did not run the rewritten graph, so it "
             f"keeps all activations and its gradients are full: {calls.cause}. memrewrite.report "
@@ -122,7 +122,7 @@ def _missed(model: nn.Module | None, calls: Calls, call: Any, result: Any) -> No
 
 
 def _trains(model: nn.Module, result: Any) -> bool:
-    """Whether a result of a call with gradients enabled can be differentiated for training."""
+    """Whether a call with gradients enabled was for training, by its result and parameters."""
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     if tensors and not any(tensor.requires_grad for tensor in tensors):
         return False

@@ -1,4 +1,4 @@
-"""Which arguments of a captured graph are weights that a method takes."""
+"""Which arguments of a captured graph are weights that a method applies to."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from memrewrite.sites.weights import Site, by_parameter, candidates
 
 @dataclass(eq=False)
 class Part:
-    """A method, what it keeps of one model, and the weights that it takes of one graph."""
+    """A method, its state for one model, and its weights in one graph."""
 
     method: Method
     state: State
-    sites: dict[int, Site]  # by the argument's position
-    asks: list[Ask] = field(default_factory=list)  # of a method that asks for the same each time
-    small: bool = True  # whether gradients may come small
+    sites: dict[int, Site]  # by argument position
+    asks: list[Ask] = field(default_factory=list)  # of a method whose asks never change
+    small: bool = True  # whether gradients may be returned small
 
     def __post_init__(self) -> None:
         if not self.method.moves:
             self.asks = self.ask()
 
     def ask(self, form: bool | None = None) -> list[Ask]:
-        """For the coming call; for one of the method's forms."""
+        """The asks of the coming call, or those of one of `Method.forms`."""
         found = [self.method.ask(i, s, self.state, form) for i, s in self.sites.items()]
         if self.small:
             return found
@@ -37,12 +37,12 @@ class Part:
 
 @dataclass(eq=False)
 class Choice:
-    """What is rewritten when a graph is called with certain parameters."""
+    """What is rewritten where a graph is called with these parameters."""
 
     names: dict[int, str]  # argument position -> the weight's name
     parameters: list[tuple[int, weakref.ref[Tensor]]]
     parts: list[Part]
-    foreign: bool = False  # plain tensors stand in for the weights: functional_call's
+    foreign: bool = False  # plain tensors replace the weights, as by functional_call
 
 
 def choose(
@@ -52,7 +52,7 @@ def choose(
     args: Sequence[Any],
     small: bool,
 ) -> Choice:
-    """Of the parameters among `args`; small: gradients may come in the small form of a method."""
+    """The choice for the parameters in `args`; small: gradients may be returned small."""
     found = candidates(model) if model is not None else []
     aliases = by_parameter(found)
     names = {p: aliases[args[p]][0].name for p in positions if args[p] in aliases}
@@ -74,7 +74,7 @@ def choose(
 def weights_with_small_gradients(
     model: nn.Module | None, methods: Sequence[tuple[Method, State]]
 ) -> Iterator[nn.Parameter]:
-    """Whatever the graphs turn out to be."""
+    """Weights whose gradients may be returned small, as far as no graph is needed to know."""
     if model is None:
         return
     found, taken = candidates(model), set[nn.Parameter]()

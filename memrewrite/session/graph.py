@@ -1,4 +1,4 @@
-"""One captured graph, compiled once for each way of calling it, and what it is called with."""
+"""One captured graph, compiled once per set of asks, and called with its extra inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from memrewrite.compiler.absence import told_of_absence
+from memrewrite.compiler.absence import with_undefined_tangents
 from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
@@ -21,7 +21,7 @@ from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
 from memrewrite.parallel.wrapped import originals, rehearsed
 from memrewrite.record.decision import GraphRecord
-from memrewrite.record.logs import tell
+from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Choice, Part, choose
 
@@ -36,8 +36,8 @@ class Variant:
     compiled: Callable[..., Any]
     record: GraphRecord
     asked: Asked = field(default_factory=list)
-    outputs: int | None = None  # its own, where some follow that a method observes
-    observed: tuple[Part, list[int]] | None = None  # and of which weights those are
+    outputs: int | None = None  # number of original outputs, if extra ones follow
+    observed: tuple[Part, list[int]] | None = None  # the method and weights of the extra ones
 
     def __post_init__(self) -> None:
         groups = [g for i in self.record.inputs for g in i.compressed.values()]
@@ -47,7 +47,7 @@ class Variant:
 
 @dataclass
 class Binding:
-    """A variant called with particular weights. Layers of one shape may share a graph."""
+    """A variant bound to the weights that it is called with; layers may share a graph."""
 
     variant: Variant
     names: dict[int, str]  # argument position -> the weight's name
@@ -56,7 +56,7 @@ class Binding:
     foreign: bool = False  # see `choice.Choice`
 
     def extra(self, args: Sequence[Any]) -> list[Tensor]:
-        """What the compiled graph takes besides its own: see `methods.request.extra_inputs`."""
+        """The extra inputs of the compiled graph, ordered as by `methods.request.extra_inputs`."""
         found: list[Tensor] = []
         make: Any = Port.apply
         for part, bound in self.bound:
@@ -67,7 +67,7 @@ class Binding:
         return found
 
     def basis_of(self, parameter: Tensor) -> Basis | None:
-        """In which a parameter's gradient comes next, where it comes small and that is known."""
+        """The basis of a parameter's next gradient, if it is small and already known."""
         at = next((i for i, known in self.parameters if known() is parameter), None)
         for part, bound in self.bound:
             for ask in bound.asks:
@@ -76,7 +76,7 @@ class Binding:
         return None
 
     def asks(self) -> Iterator[tuple[Part, Ask, Tensor]]:
-        """Every ask, and the parameter that it is for."""
+        """Every ask, with its parameter."""
         for part, bound in self.bound:
             for ask in bound.asks:
                 parameter = bound.parameter(ask.position)
@@ -86,24 +86,24 @@ class Binding:
 
 @dataclass(eq=False)
 class Setting:
-    """What the graphs of one model have in common."""
+    """What all graphs of one model share."""
 
     model: weakref.ref[nn.Module]
     engine: Engine
     methods: Sequence[tuple[Method, State]]
     calls: Calls
-    group: Callable[[], Any]  # of the ranks that train the model together
-    foresee: Callable[[], None]  # called ahead of a compile, and of the first call of a graph
-    adopt: Callable[[], None]  # called ahead of every call
-    full: str | None = None  # why gradients stay full-size, where small ones were asked for
+    group: Callable[[], Any]  # the process group that trains the model together
+    foresee: Callable[[], None]  # called before a graph is first compiled
+    adopt: Callable[[], None]  # called before every call
+    full: str | None = None  # why gradients stay full-size; None if they may be small
 
 
 class Graph:
-    """One captured graph, called with what its methods ask for after its arguments.
+    """One captured graph, called with the extra inputs of its methods after its arguments.
 
-    Dynamo may serve several layers by one graph: after a graph break the weights are
-    mere arguments of it. Which weights a call is for is therefore read off its
-    arguments, and a call whose selection differs gets a variant of its own.
+    Dynamo may use one graph for several layers: after a graph break the weights are only
+    arguments. The weights of a call are therefore identified by its arguments, and each
+    different selection has its own variant.
     """
 
     def __init__(self, setting: Setting, gm: GraphModule, inputs: Sequence[Any]) -> None:
@@ -118,7 +118,7 @@ class Graph:
         self.buffers = [i for i, value in tensors if value in buffers]
         self.variants: dict[Any, Variant] = {}
         self.choices: dict[Any, Choice] = {}  # by the parameters of a call
-        self.bindings: dict[Any, Binding] = {}  # by the parameters, and what moving methods ask
+        self.bindings: dict[Any, Binding] = {}  # by the choice, and the asks of methods that `move`
         setting.foresee()
         self._bind(real)
         if self.dynamic and any(p.method.moves and p.sites for p in self._choice(real).parts):
@@ -152,9 +152,10 @@ class Graph:
                 part.state.follow(bound, positions, totals)
 
     def _rehearse(self, args: Sequence[Any]) -> Any:
-        """Called while Dynamo compiles, with tensors without memory, for the shapes of outputs.
+        """Called by Dynamo with fake tensors during a compile, for the shapes of outputs.
 
-        Inductor's programs are made to return such tensors once: none may be left to do so.
+        Inductor makes each compiled program return fake tensors at its first call: every variant
+        must have had that call.
         """
         mine = self._bind(originals(self.setting.model(), args)).variant
         results = None
@@ -164,11 +165,11 @@ class Graph:
         return results[: mine.outputs]  # type: ignore[index]
 
     def forget(self) -> None:
-        """Choose anew at the next call: an option has changed."""
+        """Choose again at the next call, because an option has changed."""
         self.choices, self.bindings = {}, {}
 
     def _choice(self, args: Sequence[Any]) -> Choice:
-        # By address, and compared below: a key must not keep what functional_call swaps in alive.
+        # By id, compared below: a key must not keep the tensors of functional_call alive.
         key = tuple(id(args[i]) for i in self.positions), self._trained(args)
         known = self.choices.get(key)
         if known is None or not all(p() is args[i] for i, p in known.parameters):
@@ -188,7 +189,7 @@ class Graph:
             bound = [(part, self._bound(variant, choice, part, asks)) for part, asks in asked]
             binding = Binding(variant, choice.names, choice.parameters, bound, choice.foreign)
             self.bindings[key] = binding
-            tell(variant.record, choice.names)
+            log_decisions(variant.record, choice.names)
         return self.bindings[key]
 
     def _bound(self, variant: Variant, choice: Choice, part: Part, asks: Sequence[Ask]) -> Bound:
@@ -206,11 +207,11 @@ class Graph:
         return self._trained(args), *(tuple(asks) for _, asks in asked)
 
     def _trained(self, args: Sequence[Any]) -> tuple[bool, ...]:
-        """Which parameters are: where Dynamo does not guard it, each answer has its own variant."""
+        """requires_grad of each parameter: it selects a variant where Dynamo does not guard it."""
         return () if GUARDS_TRAINED else tuple([args[i].requires_grad for i in self.positions])
 
     def _compile_every_form(self, args: Sequence[Any]) -> None:
-        """For a refresh and between two: outside Dynamo a dynamic graph cannot be compiled."""
+        """Compile all forms now: outside Dynamo a graph with dynamic shapes cannot be compiled."""
         choice, known = self._choice(args), dict(self.variants)
         self.variants = {}
         forms = max((part.method.forms for part in choice.parts), key=len)
@@ -236,11 +237,11 @@ class Graph:
                 observed = part, positions
         request = self._request(len(args), asked)
         compiled, record = capture(gm, args, request, self.setting.engine)
-        compiled = told_of_absence(compiled, [*record.absent])
+        compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed)
 
     def _uncompiled(self) -> Variant:
-        """Outside Dynamo a dynamic graph cannot be compiled again: run it, exactly."""
+        """A variant that runs op by op: outside Dynamo a dynamic graph cannot be compiled."""
         reason = (
             "it shares a dynamic-shape graph with layers that are selected differently; "
             "select all layers of a kind alike, or pass dynamic=False"
@@ -250,5 +251,5 @@ class Graph:
 
 
 def running() -> Binding | None:
-    """The compiled graph that is being called, if one is."""
+    """The binding of the graph that is being called, or None."""
     return _running.get()

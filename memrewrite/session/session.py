@@ -1,6 +1,6 @@
-"""One compiled model: its options, what its methods keep of it, its graphs.
+"""One compiled model: its options, the state of its methods, its graphs.
 
-A session is forgotten with its model. Dynamo calls it as a torch backend, once a captured graph.
+A session is freed with its model. Dynamo calls it as a backend, once per captured graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ S = TypeVar("S", bound=State)
 
 @dataclass(eq=False)
 class Session:
-    """One compiled model. Also its torch backend."""
+    """One compiled model, and its backend for torch.compile."""
 
     model: weakref.ref[nn.Module]
     engine: Engine
@@ -39,13 +39,13 @@ class Session:
     request: dict[str, Any]  # the arguments of `compile`
     velora: VeLoRA | None = None
     galore: GaLore | None = None
-    moments: Any = None  # a moments.stored.Moment: how Adam's are kept of all other weights
+    moments: Any = None  # a moments.stored.Moment, for the weights that no method takes
     graphs: list[Graph] = field(default_factory=list)
     calls: Calls = field(default_factory=Calls)
     on_change: Callable[[Session, bool], None] | None = None
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
-    whole: frozenset[str] = frozenset()  # weights that GaLore projects; sharding them is refused
-    unserved_steps: int = 0  # optimizer steps so far that knew nothing of this session
+    whole: frozenset[str] = frozenset()  # weights that GaLore projects, which must not be sharded
+    unserved_steps: int = 0  # optimizer steps so far that had no parameter of this session
 
     def __post_init__(self) -> None:
         kept = [(method, method.state(self.model)) for method in self.methods]
@@ -63,7 +63,7 @@ class Session:
         """Compile one captured graph."""
         self.calls.called = True
         try:
-            graph = Graph(self.setting, gm, inputs)  # raises where Dynamo wants to trace once more
+            graph = Graph(self.setting, gm, inputs)  # may raise to make Dynamo trace again
         except Exception as error:
             self.calls.failure = f"{type(error).__name__}: {error}"
             raise
@@ -73,7 +73,7 @@ class Session:
         return graph
 
     def changed(self, complete: bool = False) -> None:
-        """A graph was compiled, or (complete) the first optimizer update was."""
+        """Call `on_change`: a graph was compiled, or (complete) the first optimizer update was."""
         if self.on_change is not None:
             self.on_change(self, complete)
 
@@ -81,11 +81,11 @@ class Session:
 
     @property
     def kept(self) -> Sequence[tuple[Method, State]]:
-        """Each method with what it keeps of this model."""
+        """Each method with its state for this model."""
         return self.setting.methods
 
     def state_of(self, kind: type[S]) -> S | None:
-        """What a method that keeps such a state keeps of this model."""
+        """The state of this class that a method keeps of this model, or None."""
         return next((state for _, state in self.kept if isinstance(state, kind)), None)
 
     @property
@@ -97,11 +97,11 @@ class Session:
         return self.state_of(Bases)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What all methods keep, as plain tensors."""
+        """The states of all methods, as plain tensors."""
         return {k: v for _, state in self.kept for k, v in state.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace it. Raises ValueError, changing nothing, for names or sizes that differ."""
+        """Replace the states. Raises ValueError, changing nothing, for other names or shapes."""
         left, found = dict(state), []
         for _, mine in self.kept:
             own = {k: left.pop(k) for k in list(left) if mine.prefix and k.startswith(mine.prefix)}
@@ -112,17 +112,17 @@ class Session:
             mine.take(read)
         for binding in self.bindings():
             for _, bound in binding.bound:
-                bound.ready, bound.calls = False, 0  # the next batch tells what it lacks
+                bound.ready, bound.calls = False, 0  # `prepare` runs again at the next call
 
-    # --- gradients that come small ----------------------------------------------------------------
+    # --- small gradients --------------------------------------------------------------------------
 
     @property
     def full(self) -> str | None:
-        """Why gradients stay full-size, where small ones were asked for."""
+        """Why gradients stay full-size; None if they may be small."""
         return self.setting.full
 
     def keep_full(self, reason: str) -> None:
-        """No gradient of this model comes small from here on; said once."""
+        """Return only full gradients of this model from now on; warns once."""
         if self.full is not None:
             return
         if any(method.small for method in self.methods):
@@ -132,27 +132,27 @@ class Session:
                 "GaLore says that this is meant"
             )
         self.setting.full = reason
-        for graph in self.graphs:  # compiled before it was known
+        for graph in self.graphs:  # already compiled
             graph.forget()
 
     def small_weights(self) -> list[nn.Parameter]:
-        """Weights whose gradients may come small, whatever the graphs turn out to be."""
+        """Weights whose gradients may be returned small, as far as no graph is needed to know."""
         if self.full is not None:
             return []
         return list(weights_with_small_gradients(self.model(), self.kept))
 
     def basis_of(self, parameter: Tensor) -> Basis | None:
-        """In which a parameter's gradient comes next, where it comes small and that is known."""
+        """The basis of a parameter's next gradient, if it is small and already known."""
         found = (binding.basis_of(parameter) for binding in self.bindings())
         return next((basis for basis in found if basis is not None), None)
 
     def bindings(self) -> Iterator[Binding]:
-        """Every compiled graph, with the weights that it is called with."""
+        """Every compiled variant, bound to the weights that it is called with."""
         for graph in self.graphs:
             yield from graph.bindings.values()
 
     def returned(self, state: type[State]) -> dict[Tensor, tuple[Part, Ask]]:
-        """The weights whose gradients come in the small form of a method with such a state."""
+        """The weights whose gradients are returned small by a method with this class of state."""
         return {
             parameter: (part, ask)
             for binding in self.bindings()
@@ -162,7 +162,7 @@ class Session:
         }
 
     def factored(self) -> set[str]:
-        """The names of the weights whose gradients are of a small form, however they arrive."""
+        """The names of the weights whose gradients have a small form, returned small or not."""
         return {
             binding.names[position]
             for binding in self.bindings()
@@ -172,7 +172,7 @@ class Session:
 
     @property
     def step_scale(self) -> float:
-        """Factor on the optimizer's step of those."""
+        """Factor on the optimizer's step of the `factored` weights."""
         return self.velora.step_scale if self.velora else 1.0
 
 
@@ -180,7 +180,7 @@ def _unknown(key: str) -> str:
     for prefix, owner in OWNERS.items():
         if key.startswith(prefix):
             return f"the state has {key!r}, but the model is compiled without {owner}"
-    return f"{key!r} is no entry of a memrewrite state"
+    return f"{key!r} is not an entry of a memrewrite state"
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -198,7 +198,7 @@ def session_of(model: nn.Module) -> Session:
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, Session]]:
-    """(path, session) of the compiled modules inside one that is not, each once.
+    """(path, session) of each compiled module inside one that is not compiled.
 
     Raises ValueError where there are none.
     """
@@ -210,7 +210,7 @@ def parts_of(model: nn.Module) -> list[tuple[str, Session]]:
 
 
 def known_session(model: nn.Module) -> Session | None:
-    """The session of a model, or of what its DDP wraps, if memrewrite compiled it."""
+    """The session of a model, or of the model that its DDP wraps; None if not compiled."""
     return _sessions.get(inner(model))
 
 

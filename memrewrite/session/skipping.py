@@ -1,11 +1,11 @@
-"""Calls that Dynamo runs as they are: why it does, and how to have it look again.
+"""Calls that Dynamo runs eagerly: the reasons, and how to make it try again.
 
-The other file beside `backend` that knows Dynamo. A frame that raises, or that is first
-met under a dispatch mode or a transform of torch.func, is marked by Dynamo to be skipped
-for ever, though the next call could be compiled. Taking the mark off keeps what was
-compiled before; `torch._dynamo.reset()` would throw that of the whole process away.
+With `compiler.backend`, the only file that uses private torch APIs. A frame that raises, or
+that Dynamo first sees under a dispatch mode or a transform of torch.func, is skipped from then
+on, though the next call could be compiled. Resetting this per code object keeps what is
+compiled; `torch._dynamo.reset()` would discard it for the whole process.
 
-Every private torch API here was run on torch 2.11 and 2.13.
+The private torch APIs here were run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AGAIN: Any = eval_frame._FrameExecStrategy(_actions.DEFAULT, _actions.DEFAULT)
 
 
 class Cause(NamedTuple):
-    """Why a call ran none of our graphs, and what its user can do."""
+    """Why a call ran no rewritten graph, and what the user can do."""
 
     kind: Kind
     reason: str
@@ -34,41 +34,41 @@ class Cause(NamedTuple):
 
     @property
     def passing(self) -> bool:
-        """Whether the next call may well be compiled, if Dynamo looks at it."""
+        """Whether the next call may be compiled, if Dynamo tries again."""
         return self.kind in ("off", "mode", "break")
 
 
 def exempt(function: Callable[..., Any]) -> None:
-    """Never compile the frames of a function, whosever compiler is active; inline it as ever."""
+    """Never compile the frames of a function as such; outer frames still inline it."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
 
 
 def look_again(codes: Iterable[CodeType]) -> None:
-    """Take the mark off code that Dynamo has tried and skips since."""
+    """Make Dynamo try again code that it skips."""
     for code in codes:
         if code in input_codes:
             eval_frame.set_code_exec_strategy(code, AGAIN)
 
 
 def traced_by_jit() -> bool:
-    """Whether torch.jit.trace is what calls: it records eager operations."""
+    """Whether torch.jit.trace is recording."""
     return bool(torch._C._get_tracing_state())
 
 
 def is_tracing() -> bool:
-    """Whether Dynamo is tracing: what it calls meanwhile it calls once, for all steps to come."""
+    """Whether Dynamo is tracing, so that a call now runs once for all later steps."""
     return torch._guards.TracingContext.try_get() is not None
 
 
 def ran_as_they_are(traceback: TracebackType | None) -> Iterator[CodeType]:
-    """The code of an exception's frames: a compiled frame would have code of Dynamo's own."""
+    """The code of an exception's eager frames: a compiled frame has other code, by Dynamo."""
     while traceback is not None:
         yield traceback.tb_frame.f_code
         traceback = traceback.tb_next
 
 
 def forwards(model: nn.Module) -> Iterator[CodeType]:
-    """The code of its modules' forwards: frames of their own where a graph breaks."""
+    """The code of all modules' forwards, which become frames of their own at a graph break."""
     for kind in {type(module) for module in model.modules()}:
         code = getattr(kind.forward, "__code__", None)
         if code is not None and not kind.__module__.startswith("torch.nn."):
@@ -76,10 +76,10 @@ def forwards(model: nn.Module) -> Iterator[CodeType]:
 
 
 def why(model: nn.Module, code: CodeType, failure: str, foreign: bool, raised: int = 0) -> Cause:
-    """The cause of a call that has just run as it is.
+    """The cause of a call that has just run eagerly.
 
     code: of the compiled call. failure: of our backend, "" for none. foreign: whether the
-    call's parameters were plain tensors. raised: exceptions so far, where they were too many.
+    call's parameters were plain tensors. raised: the number of exceptions if too many, else 0.
     """
     found = _switched_off() or _under_a_mode() or _at_the_limit([code, *forwards(model)])
     if found is not None:

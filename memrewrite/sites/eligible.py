@@ -1,8 +1,8 @@
 """Which weights GaLore projects, from which side, and why the others stay on plain Adam.
 
-"auto" takes the linear and Conv1D weights of the model's body. Embeddings (and what is
-tied to one) and the output head are left out, as in the reference; the head is what
-`get_output_embeddings()` returns, or goes by these names:
+"auto" selects the linear and Conv1D weights of the model's body, excluding embeddings (and
+weights tied to one) and the output head, as the reference does; the head is what
+`get_output_embeddings()` returns, or a module of one of these names:
 
     lm_head embed_out output_projection classifier score qa_outputs head,
     predictions.decoder, seq_relationship, and at the top level fc and output
@@ -31,16 +31,16 @@ PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
 
 @dataclass(frozen=True)
 class Selection:
-    """Every weight of a model: the projected ones, and why each other one is not."""
+    """The weights of a model: the projected ones, and the others with the reason."""
 
     projected: list[Site]
     plain: list[tuple[Weight, str]]
 
 
 def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selection:
-    """Apply `galore.sites` to a model. Raises ValueError where it selects nothing.
+    """Apply `galore.sites` to a model. Raises ValueError if it selects nothing.
 
-    frozen=True also projects weights that are not trained now but may be later.
+    frozen=True also projects weights whose requires_grad is False.
     """
     found = list(matrices(model))
     if not found:
@@ -73,14 +73,14 @@ def sites_of(model: nn.Module, galore: GaLore, frozen: bool = False) -> Selectio
 
 
 def projected_numbers(shape: tuple[int, ...], rank: int, left: bool, moments: int = 2) -> int:
-    """State elements of a projected weight: the moments, (r, D) or (O, r) each, and P."""
+    """Number of state elements of a projected weight: moments, (r, D) or (O, r) each, and P."""
     rows, columns = _matrix(shape)
     side, other = (rows, columns) if left else (columns, rows)
     return moments * rank * other + rank * side
 
 
 def _outside_body(found: list[Weight], model: nn.Module) -> dict[str, str]:
-    """Per weight that "auto" leaves out, why."""
+    """Name -> reason, for the weights that "auto" excludes."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, EMBEDDINGS)}
     head = _output_embeddings(model)
     reasons = {}
@@ -105,7 +105,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def is_head(name: str) -> bool:
-    """True for a module that goes by one of the names of an output head."""
+    """Whether a module has one of the names of an output head."""
     return name in TOP_LEVEL_HEADS or any(fnmatchcase(name, pattern) for pattern in HEADS)
 
 
@@ -131,5 +131,5 @@ def _left(shape: tuple[int, ...], side: str) -> bool:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight as (O, D): what lies behind the first dimension is one."""
+    """The shape (O, D) of a weight, all dimensions after the first flattened."""
     return shape[0], torch.Size(shape[1:]).numel()

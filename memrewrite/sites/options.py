@@ -1,4 +1,4 @@
-"""The user's options, checked where they are written."""
+"""The options VeLoRA and GaLore, validated when they are created."""
 
 from __future__ import annotations
 
@@ -20,27 +20,25 @@ INITS = ("batch_mean", "running_mean", "ones", "random")
 class VeLoRA:
     """Compress the saved inputs of linear layers: arXiv 2405.17991.
 
-    subtoken_size: M, channels per saved number; a layer with fewer input features than
-        M stays exact.
+    subtoken_size: M, channels per saved value; a layer with fewer input features stays exact.
     sites: "auto" (the paper's: value and MLP down projections), "all" (every linear of
         the body and the head), fnmatch patterns over module names, or a callable
         (name, module) -> bool.
     scale: factor on the compressed weight gradients (the reference's `velora_scale`).
-    init: how v comes about. "batch_mean": the normalised mean of all sub-tokens of the
-        first training batch that can be used, then frozen (the paper's). "running_mean":
-        the same mean over all batches so far, those with inf or NaN left out. "ones":
-        1/sqrt(M), no calibration. "random": a fixed random direction.
+    init: how v is made. "batch_mean": the normalised mean of all sub-tokens of the first
+        usable training batch, then frozen (the paper's). "running_mean": the same mean over
+        all batches so far, excluding those with inf or NaN. "ones": 1/sqrt(M), no calibration.
+        "random": a fixed random direction.
     lr_scale: factor on the steps of torch.optim.Adam and AdamW for the compressed weights,
         decoupled decay excluded. Under Adam |v| cancels and a step moves W along sign(v), which
         moves the layer's output up to sqrt(M) times further than an ordinary one: "sqrt"
-        divides by that. It acts wherever the whole gradient of a weight is A (x) v, in whatever
-        form the gradient arrives. 1.0 is the paper's; None, the default, is "sqrt", because it
-        was far better at equal learning rates and at each row's best one (docs/results).
-    gradients: "coordinates": backward returns a compressed weight's gradient as the (O, G)
-        numbers that it is made of (`weight.grad` is a ProjectedGrad, of the full shape to
-        whoever looks), and Adam keeps moments of these alone, exactly. "dense": the full
-        gradient. "running_mean" vectors change from step to step and need "dense", which
-        they get.
+        divides by that. It acts wherever the whole gradient of a weight is A (x) v, returned
+        small or full. 1.0 is the paper's; None, the default, is "sqrt", because it was far
+        better at equal learning rates and at each row's best one (docs/results).
+    gradients: "coordinates": backward returns a compressed weight's gradient as its
+        coordinates (O, G) (`weight.grad` is a ProjectedGrad, which has the full shape), and
+        Adam keeps only their moments, exactly. "dense": the full gradient; always used for
+        "running_mean", whose vectors change from step to step.
 
     Raises TypeError or ValueError for values outside these ranges.
     """
@@ -74,7 +72,7 @@ class VeLoRA:
 
     @property
     def full_gradients(self) -> bool:
-        """Whether no gradient is small, whatever the layer."""
+        """Whether the gradients of all layers are full."""
         return self.gradients == "dense" or self.init == "running_mean"
 
 
@@ -82,26 +80,26 @@ class VeLoRA:
 class GaLore:
     """Keep Adam's state of a weight in a projection of rank r: arXiv 2403.03507.
 
-    rank: r; a weight whose projected state would be no smaller stays on plain Adam.
+    rank: r; a weight whose projected state would not be smaller stays on plain Adam.
     update_every: steps between refreshes of the projector (the paper's T).
     scale: factor on the projected step (the paper's alpha).
     side: which side of the (O, D) gradient is projected. "short" (the reference's "std")
-        keeps the least state; "long" ("reverse_std"), "left" (always O), "right" (always D).
+        has the least state; "long" ("reverse_std"), "left" (always O), "right" (always D).
     refresh: "randomized", a range finder with power iteration, or "svd", exact and slower.
-    moments: what a refresh does to Adam's moments. "keep" (the reference's) reads the old
-        numbers in the new coordinates; "rotate" carries them over (LDAdam's
+    moments: what a refresh does to Adam's moments. "keep" (the reference's) leaves their
+        values unchanged; "rotate" transforms them to the new coordinates (LDAdam's
         projection-aware update).
     sites: "auto" (linear and Conv1D weights of the body: neither embeddings nor the output
         head), "all" (every matrix and convolution), fnmatch patterns over module names,
         or a callable (name, module) -> bool.
-    stagger: spread the refreshes of different weights over `update_every` steps, so that
-        no step carries them all. The first step always does.
+    stagger: spread the refreshes of different weights over `update_every` steps; at the first
+        step all are refreshed.
     gradients: "dense": the full gradient is formed and projected by the optimizer.
         "coordinates": backward returns the gradient of a linear layer's weight in the
         projector's coordinates, (r, D) or (O, r) (`weight.grad` is a ProjectedGrad), and the
         full one is never formed; a refresh reads a sketch of r + 16 columns of it, which
-        finds a slightly different projector (see `gradients.sketch`). What P does not hold
-        of a gradient is then seen by nobody: `clip_grad_norm_` clips the projected one.
+        finds a slightly different projector (see `gradients.sketch`). `clip_grad_norm_` then
+        clips the norm of the projected gradient.
 
     Raises TypeError or ValueError for values outside these ranges.
     """
@@ -145,9 +143,9 @@ CHOICES = {
 
 
 def galore_options(galore_rank: object, galore: object) -> GaLore | None:
-    """What `compile(galore_rank=..., galore=...)` means.
+    """The options of `compile(galore_rank=..., galore=...)`, or None.
 
-    Raises TypeError for values of another kind, ValueError where both are given and differ.
+    Raises TypeError for values of other types, ValueError where both are given and differ.
     """
     if galore is not None and not isinstance(galore, GaLore):
         raise TypeError(
@@ -165,7 +163,7 @@ def galore_options(galore_rank: object, galore: object) -> GaLore | None:
 
 
 def velora_options(velora: object) -> VeLoRA | None:
-    """What `compile(velora=...)` means. Raises TypeError for anything but bool or VeLoRA."""
+    """The options of `compile(velora=...)`, or None. Raises TypeError unless bool or VeLoRA."""
     if isinstance(velora, VeLoRA):
         return velora
     if velora is True:
@@ -179,10 +177,10 @@ def velora_options(velora: object) -> VeLoRA | None:
 
 
 def refuse_options(model: nn.Module, kwargs: Collection[str], caller: str) -> None:
-    """Raises TypeError for options of `compile` among the keyword arguments of a model's call."""
+    """Raise TypeError for options of `compile` in the keyword arguments of a model's call."""
     try:
         accepted: Collection[str] = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # no function of Python's
+    except (TypeError, ValueError):  # it has no Python signature
         accepted = ()
     for name in ("velora", "galore", "galore_rank"):
         if name in kwargs and name not in accepted:

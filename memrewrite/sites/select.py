@@ -1,4 +1,4 @@
-"""Which weights the user's `sites` selects.
+"""Which weights the option `sites` selects.
 
 "auto" follows VeLoRA's paper (value and MLP down projections) by these names:
 
@@ -6,9 +6,9 @@
     down    down_proj fc2 dense_4h_to_h fc_out lin2 linear2 ffn_output, T5's Dense*.wo,
             mlp.c_proj, feed_forward.w2, experts.*.w2, output.dense outside attention
 
-A fused projection (GPT-2's c_attn) holds the value projection and two others, so it is
-left exact. Where no down projection has a documented name, it is found by structure: a
-linear F -> D, F > D, beside a linear D -> F (or D -> 2F, gated) in one parent module.
+A fused projection (GPT-2's c_attn) contains the value projection and two others, so it
+stays exact. Where no down projection has one of these names, it is found by structure: a
+linear F -> D, F > D, with a linear D -> F (or D -> 2F, gated) in the same parent module.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ DOWN = (
     "*.output.dense",
 )
 NOT_DOWN = ("*attention*.output.dense",)
-ADAPTER = re.compile(r"\.(base_layer|lora_A\.[^.]+)$")  # PEFT's wrapping of a named linear
+ADAPTER = re.compile(r"\.(base_layer|lora_A\.[^.]+)$")  # PEFT's wrappers of a named linear
 
 
 def select(found: list[Weight], sites: Sites) -> set[str]:
-    """The names that `sites` selects. Raises ValueError where it selects nothing."""
+    """The names that `sites` selects. Raises ValueError if it selects nothing."""
     if not found:
         raise ValueError("the model has no linear layer, so there is nothing to compress")
     remedy = "memrewrite.VeLoRA(sites='all')"
@@ -110,7 +110,7 @@ def _shortened(names: list[str], most: int = 8) -> str:
 
 
 def why_exact(weight: Weight) -> str | None:
-    """The reason, known before any graph is, why no method may take a selected weight."""
+    """The reason why no method may apply to a selected weight, as far as no graph is needed."""
     if weight.kind == "stack":
         return (
             f"a stack of {weight.shape[0]} expert weights: grouped and indexed matmuls "

@@ -1,10 +1,9 @@
-"""The weights of a model: one identity each, its name and the module that holds it.
+"""The weights of a model, each identified by its name and its module.
 
-A weight goes by its module's name where it is the `weight` of a linear, Conv1D, embedding or
-convolution, and by its own where it is any other parameter of two dimensions or more
-(nn.MultiheadAttention's packed projection, a hand-written `x @ self.w`, a stack of experts).
-Every room speaks of weights by this name; a captured graph resolves it once to an argument's
-position (`session.graph`), and a parameter is looked up here.
+The name is that of the module for the `weight` of a linear, Conv1D, embedding or convolution,
+and that of the parameter for any other one of two dimensions or more (nn.MultiheadAttention's
+packed projection, a hand-written `x @ self.w`, a stack of experts). It is used everywhere; a
+captured graph resolves it once to an argument position (`session.graph`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Weight:
 
     @property
     def features(self) -> int:
-        """D, the channels of the input; of a raw weight, the longer side at most."""
+        """D, the input features; for a raw weight, its longer dimension."""
         shape = self.parameter.shape
         return {"linear": shape[-1], "conv1d": shape[0]}.get(self.kind, max(shape))
 
@@ -51,10 +50,10 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A weight that a method takes.
+    """A weight that a method applies to.
 
-    left: the first of its two dimensions is the one that is made small: D of a weight (D, O)
-        under VeLoRA, O of one (O, D) whose projector multiplies from the left.
+    left: the first of its two dimensions is the reduced one: D of a weight (D, O) under VeLoRA,
+        O of a weight (O, D) whose projector multiplies from the left.
     rank: r of a projection.
     """
 
@@ -64,7 +63,7 @@ class Site:
 
 
 def candidates(model: nn.Module) -> list[Weight]:
-    """What feeds, or may feed, a matmul, in the model's order; a shared weight by each name."""
+    """The weights that matmuls may read, in the model's order; a shared one under each name."""
     return [
         weight
         for path, module in model.named_modules()
@@ -85,7 +84,7 @@ def matrices(model: nn.Module) -> Iterator[Weight]:
 
 
 def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
-    """Every name that a parameter has. A tensor is found by what it is, not by its values."""
+    """Parameter (by identity) -> its weights, one per name."""
     found: dict[nn.Parameter, list[Weight]] = {}
     for weight in weights:
         found.setdefault(weight.parameter, []).append(weight)

@@ -1,16 +1,16 @@
-"""Outputs that nobody differentiates: their gradients take no memory.
+"""Undefined tangents: materialize no zeros for outputs that are not differentiated.   [exact]
 
-A graph that returns a loss and the logits behind it has an incoming gradient for both. Who
-calls loss.backward() has none for the logits, and autograd then fills in zeros of their size.
-Backward adds those to what comes from the loss:
+A graph that returns a loss and the logits has a tangent for both. loss.backward() leaves the
+tangent of the logits undefined, and autograd materializes zeros of their size. Backward adds
+these to the gradient that comes from the loss:
 
-    before   g = x + t                          t: an incoming gradient, zeros if there is none
-    after    g = x; add_present(g, t)           does nothing where t comes without memory
+    before   g = x + t                          t: a tangent, zeros if it is undefined
+    after    g = x; add_present(g, t)           does nothing where the storage of t is empty
 
-Exact: x + 0 = x. Which of the two holds is decided when backward runs, so that a loss on the
-logits themselves is served as well. x is written over only where nothing reads it afterwards
-(Inductor's own rule for operations in place; else it copies). Backward's caller has to hand a
-tensor without memory in place of zeros: `absent_like` makes one.
+Identity: x + 0 = x. The choice is made when backward runs, so that a loss on the logits
+themselves is right too. x is overwritten only where nothing reads it afterwards (Inductor's
+rule for operations in place; else it copies). The caller of backward passes `absent_like` in
+place of zeros. Source: design.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.fx import Graph, GraphModule, Node
 from passes.base import IN_PLACE, Pass, adds_present, aten, insert, tensor_bytes
 from passes.ops import add_present
 
-LEAST = 1 << 20  # bytes: below it, zeros are cheaper than the call that may skip them
+LEAST = 1 << 20  # bytes: adding fewer zeros is cheaper than the call that may skip it
 Size = Callable[[Any], int]
 
 
 def skip_absent_gradients(hint: Size, least: int = LEAST) -> Pass:
-    """Add an incoming gradient of at least that many bytes only if there is one."""
+    """Skip the addition of a tangent of at least `least` bytes where it is undefined."""
 
     def rewrite(gm: GraphModule) -> None:
         for tangent in gm.graph.find_nodes(op="placeholder"):
@@ -50,7 +50,7 @@ def skip_absent_gradients(hint: Size, least: int = LEAST) -> Pass:
 
 
 def absent_gradients(graph: Graph) -> list[Node]:
-    """The incoming gradients that may come without memory."""
+    """The tangents that may be passed with empty storage."""
     return [
         node
         for node in graph.find_nodes(op="placeholder")
@@ -59,7 +59,7 @@ def absent_gradients(graph: Graph) -> list[Node]:
 
 
 def write_in_place(graph: Graph) -> None:
-    """The additions as operations on a copy of x: what runs op by op knows no other form."""
+    """Run each addition on a copy of x, for backends that have no `auto_functionalized`."""
     for node in [node for node in graph.nodes if adds_present(node)]:
         copied = insert(node, aten.clone.default, node.kwargs["g"])
         insert(node, add_present, copied, node.kwargs["t"])
@@ -71,9 +71,9 @@ def write_in_place(graph: Graph) -> None:
 
 @functools.lru_cache(maxsize=64)
 def absent_like(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of that shape without memory, which stands for zeros.
+    """A tensor with empty storage that represents an undefined tangent (zeros).
 
-    The same one for the same question: nobody writes it, and making it takes memory for a moment.
+    Cached, as it is never written, and creating it allocates its full size for a moment.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.untyped_storage().resize_(0)
@@ -81,7 +81,7 @@ def absent_like(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _sum(tangent: Node) -> Node | None:
-    """x + t, where that is all that t is used for, and both have the sum's shape and dtype."""
+    """x + t, where it is the only use of t, and x, t and the sum agree in shape and dtype."""
     users = list(tangent.users)
     if tangent.meta.get("output") is None or len(users) != 1:
         return None
@@ -92,7 +92,7 @@ def _sum(tangent: Node) -> Node | None:
     others = [term for term in terms if term is not tangent]
     if len(terms) != 2 or len(others) != 1 or others[0].op == "placeholder":
         return None
-    if not _is_contiguous(tangent.meta["val"]):  # what stands for it would be copied, and read
+    if not _is_contiguous(tangent.meta["val"]):  # AOTAutograd would copy, so read, the empty one
         return None
     values = [n.meta["val"] for n in (user, *terms)]
     alike = {(str(v.shape), v.dtype, v.device) for v in values}
@@ -100,7 +100,7 @@ def _sum(tangent: Node) -> Node | None:
 
 
 def _is_contiguous(value: Tensor) -> bool:
-    """Row by row, compared as text: a comparison of dynamic sizes would guard."""
+    """True for row-major strides; compares text, because comparing dynamic sizes would guard."""
     expected: Any = 1
     for length, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if str(stride) != str(expected):

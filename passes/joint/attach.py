@@ -1,6 +1,6 @@
-"""The two ends of `attach(y, ports)` in a joint graph, which a pass on ports takes away.
+"""Remove `attach(y, ports)` from a joint graph, after a pass has used the ports.   [exact]
 
-Differentiation gives every port a gradient of zeros, and y a copy. Reads and edits nothing else.
+Differentiation gives every port a gradient of zeros, and copies y.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from passes.base import aten, call, memory_of, operand
+from passes.base import aten, call, operand, storage_root
 from passes.ops import port_attach
 
 ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.full.default)
 
 
 def is_zeros_of_port(gradient: Any) -> bool:
-    """True for what `attach` gives a port, False for what a pass has put there."""
+    """True for the zeros that `attach` returns for a port, False for what a pass replaced."""
     return isinstance(gradient, Node) and gradient.target in ZEROS
 
 
 def detach_ports(graph: Graph) -> None:
-    """y itself, or a copy where its memory is somebody else's too: it was fresh before."""
+    """Replace `attach(y, ports)` by y, or by a copy where an input or output shares its storage.
+
+    Legal because an output that did not alias anything before must not start to.
+    """
     for node in graph.find_nodes(op="call_function", target=port_attach):
         y = operand(node, 0)
         output: Any = graph.output_node().args[0]
         others = [n for n in output if isinstance(n, Node) and n is not node]
-        memory = memory_of(y)
-        shared = memory.op == "placeholder" or memory in map(memory_of, others)
+        root = storage_root(y)
+        shared = root.op == "placeholder" or root in map(storage_root, others)
         node.replace_all_uses_with(call(node, aten.clone.default, y) if shared else y)
         graph.erase_node(node)

@@ -1,18 +1,17 @@
-"""Keep something smaller in place of an activation that weight gradients read.   [approximate]
+"""Save a compressed form of the activation that weight gradients read.   [approximate]
 
     before                                 after
     x --> linear --> y                     x --> linear --> y
     |                                      '---> compress(x, ...) --> z...
-    :  (N, D) kept for backward                  :  z kept
+    :  (N, D) saved for backward                 :  z saved
     '--> mm(dy^T, x) --> dW                      reconstruct(z..., ...) --> mm(dy^T, x^) --> dW
 
-Identity it applies: dW = dy^T x^, where x^ = reconstruct(compress(x)). dx and db do not read x and
-are untouched. Both are functions of tensors; what they do is traced into the graph, so that it
-fuses with what makes x and with what reads x^. Weights that read one tensor (q, k, v; gate, up)
-share one z: the decision belongs to the tensor, not to the layer.
+Identity: none; dW = dy^T x^, where x^ = reconstruct(compress(x)). dx and db do not read x and
+are exact. Both functions are traced into the graph, so that a compiler can fuse them with the
+producer of x and the reader of x^. Weights that read one tensor (q, k, v; gate, up) share one z.
 
-Between the two, `hold` stands for z until the graph is split. Without it a compiler would see
-a cast to fewer bits and back, and take both away.
+`hold` separates the two until the graph is partitioned. Without it a compiler would simplify
+a cast to fewer bits and back to nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from passes.base import (
     StandsFor,
     arguments,
     aten,
+    base_of,
     call,
     is_transpose,
-    memory_of,
     operand,
     size,
-    storage_of,
+    storage_root,
 )
 from passes.emit import Decompositions, emit, provenance_of
 from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
@@ -44,11 +43,11 @@ from passes.ops import hold
 
 @dataclass(frozen=True)
 class Codec:
-    """How a method writes an activation, and how it reads it.
+    """How a method compresses an activation, and how it reconstructs it.
 
-    why_not(x (N, D)): the reason to leave x as it is, or None.
+    why_not(x (N, D)): the reason not to compress x, or None.
     compress(x, *inputs): one tensor or several. reconstruct(z, *inputs, shape=, dtype=): x^.
-    decompositions: of operations that the compiler behind does not know, as AOTAutograd has them.
+    decompositions: those of AOTAutograd, for operations that the inner compiler lacks.
     """
 
     name: str
@@ -64,9 +63,9 @@ def compress_activations(
     weights: frozenset[int],
     key: tuple[Hashable, ...] = (),
 ) -> Pass:
-    """Compress what each weight in `inputs` reads: argument of W -> arguments of the extra inputs.
+    """Compress the activation of each weight in `inputs`: argument of W -> those of extra inputs.
 
-    `weights` are all arguments that are parameters: no activation is made of them alone.
+    `weights`: every argument that is a parameter; a value computed only from them is no activation.
     """
 
     def rewrite(gm: GraphModule) -> None:
@@ -98,7 +97,7 @@ def _compress(group: list[WeightGradient], codec: Codec, inputs: Sequence[Node])
     first = group[0]
     x = rows(first)  # (N, D)
     mark = StandsFor(codec.name, first.storage_name)
-    how = {**provenance_of(storage_of(x)), "stands_for": mark}
+    how = {**provenance_of(base_of(x)), "stands_for": mark}
     table = codec.decompositions
     kept = emit([x, *inputs], codec.name, codec.compress, decompositions=table, meta=how)
     held = [_held(z, x, mark) for z in kept]
@@ -116,7 +115,7 @@ def _compress(group: list[WeightGradient], codec: Codec, inputs: Sequence[Node])
 
 
 def _reader(codec: Codec, count: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """reconstruct, handed z in the form that compress returned it: a tensor, or a tuple."""
+    """codec.reconstruct with z as compress returned it: one tensor, or a tuple."""
 
     def function(*values: Any) -> Tensor:
         *tensors, shape = values
@@ -128,8 +127,8 @@ def _reader(codec: Codec, count: int, dtype: torch.dtype) -> Callable[..., Tenso
 
 
 def _held(z: Node, x: Node, mark: StandsFor) -> Node:
-    """z in memory of its own, as what backward may keep."""
-    if memory_of(z) is memory_of(x) or z.op == "placeholder":
+    """hold(z), marked as what may be saved; z is copied where it shares the storage of x."""
+    if storage_root(z) is storage_root(x) or z.op == "placeholder":
         z = call(z, aten.clone.default, z)
     node = call(z, hold, z)
     node.meta["stands_for"] = StandsFor(mark.method, mark.storage, kept=True)
@@ -137,7 +136,7 @@ def _held(z: Node, x: Node, mark: StandsFor) -> Node:
 
 
 def release(graph: Graph) -> bool:
-    """Take the `hold` nodes away, once the graph is split; returns whether there were any."""
+    """Remove the `hold` nodes of a partitioned graph; returns whether there were any."""
     found = graph.find_nodes(op="call_function", target=hold)
     for node in found:
         z = operand(node, 0)
@@ -147,11 +146,11 @@ def release(graph: Graph) -> bool:
     return bool(found)
 
 
-# --- what compressions have in common -------------------------------------------------------
+# --- shared with passes.joint.velora --------------------------------------------------------
 
 
 def rows(gradient: WeightGradient) -> Node:
-    """x as (N, D), whichever way the matmul reads it."""
+    """The activation as (N, D), also where the matmul reads it transposed."""
     x = gradient.operand
     if not gradient.transposed:
         return x

@@ -1,14 +1,13 @@
-"""Find the matmuls that form weight gradients, and the activation that feeds each.
+"""Find the matmuls that compute weight gradients, and the activation that each reads.
 
 For y = x W^T with x (N, D), W (O, D) and dy (N, O), reverse mode leaves in the graph
 
     dW  = mm(permute(dy), x)      (O, D)        nn.Linear, F.linear, x @ W.T
     dW  = mm(permute(x), dy)      (D, O)        Conv1D, x @ W
 
-perhaps behind views and casts, perhaps as one term of a sum when W has several uses.
-The search starts at the gradient that is returned for W, so the weight is known with
-certainty, and stops at anything it does not know: no other pattern is ever rewritten.
-Reads the graph only. Exact by construction.
+possibly under views and casts, possibly as one term of a sum where W has several uses.
+The search starts at the gradient that is returned for W, so that the weight is certain,
+and stops at any other operation: no other pattern is rewritten. Reads the graph only.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from passes.base import (
     CASTS,
     aten,
     backward_nodes,
+    base_of,
     batch_nodes,
     fixed,
     is_transpose,
     is_view,
     operand,
-    storage_of,
     value_key,
 )
 from passes.ops import velora_reconstruct
@@ -41,20 +40,20 @@ BATCHED = (
 
 @dataclass(frozen=True)
 class WeightGradient:
-    """One matmul of one weight's gradient, and the saved activation it reads."""
+    """One matmul of one weight's gradient, and the activation that it reads."""
 
     weight: int  # argument position of W
     matmul: Node  # (O, D), or (D, O) when transposed
     operand: Node  # what the matmul reads: (N, D), or (D, N) when transposed
     transposed: bool
     features: int  # D, the channels of x
-    matmul_name: str  # names outlive the nodes, and every copy of the graph keeps them
-    storage_name: str  # of the memory behind the activation
+    matmul_name: str  # a name identifies a node in every copy of the graph
+    storage_name: str  # of the activation's `base_of`
 
 
 @dataclass(frozen=True)
 class Found:
-    """The weight gradients of a graph, and why other gradients are none."""
+    """The weight gradients of a graph, and why those of other weights do not match."""
 
     gradients: tuple[WeightGradient, ...]
     refused: dict[int, str]  # argument position -> reason
@@ -80,7 +79,7 @@ def weight_gradients(graph: Graph, weights: set[int]) -> Found:
 
 
 def shared_inputs(gradients: Iterable[WeightGradient]) -> list[list[WeightGradient]]:
-    """Grouped by the activation that they read: q, k and v are one group."""
+    """Gradients grouped by the activation that they read: q, k and v are one group."""
     groups: dict[Hashable, list[WeightGradient]] = {}
     for gradient in gradients:
         x, transposed = gradient.operand, gradient.transposed
@@ -91,7 +90,7 @@ def shared_inputs(gradients: Iterable[WeightGradient]) -> list[list[WeightGradie
 
 
 def _terms(node: Node, user: Node) -> Iterator[Node]:
-    """The summands of a gradient, seen through views and casts that nothing else reads."""
+    """The terms of a gradient, through views and casts that have no other reader."""
     if set(node.users) != {user}:
         return
     if is_view(node) or node.target in CASTS:
@@ -115,13 +114,13 @@ def _match(
         x, transposed = left, True
     else:
         return None
-    storage = storage_of(x)
+    storage = base_of(x)
     if velora_reconstruct in (x.target, storage.target) or "stands_for" in storage.meta:
         return None  # compressed already
     features = fixed(x.meta["val"].shape[0 if transposed else 1])
     if features is None:
-        return None  # sub-tokens of a dynamic number of features
-    return WeightGradient(weight, node, x, transposed, features, node.name, storage_of(x).name)
+        return None  # a dynamic number of features has no static number of sub-tokens
+    return WeightGradient(weight, node, x, transposed, features, node.name, base_of(x).name)
 
 
 def _reason(terms: list[Node]) -> str:

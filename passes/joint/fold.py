@@ -9,7 +9,7 @@
                        z --> permute --> mm(z^T, b) --> permute --> reconstruct(., v) --> permute
                              (G, N)      (G, O)         (O, G)      (O, D)                (D, O)
 
-Identity: reconstruct acts on each row alone and is linear, so a matmul over the rows
+Identity: reconstruct is linear and acts on rows independently, so a matmul over the rows
 commutes with it:  a (z (x) v) = (a z) (x) v.  The matmul is M times narrower, and the
 only full-size tensor left is dW itself. Source: design; checked in float64 by tests.
 """
@@ -23,7 +23,7 @@ from passes.ops import velora_reconstruct
 
 
 def fold_reconstruction() -> Pass:
-    """Move every reconstruct that feeds a matmul behind that matmul."""
+    """Move every reconstruct that feeds a matmul after that matmul."""
 
     def rewrite(gm: GraphModule) -> None:
         for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):

@@ -6,12 +6,11 @@
              '--> views, casts, s --> gradient of W      gradient of W: none
     y --> attach(y, port) --> returned            y --> returned
 
-Identity: whoever reads the port's gradient holds v, and A (x) v is what the gradient of W
-would have been; sums of gradients, their scaling and their norm are the same in A, because
-v has length one. A port is an input of zeros that only ties the small gradient to autograd:
-no forward value depends on it. Of a transposed weight, (D, O), both are read transposed: its
-port takes A^T (G, O). Where the gradient of W is not of this form (several terms, the other
-side) it stays as it was, and the port's is none.
+Identity: dW = A (x) v, and the reader of the port's gradient has v. Sums, scaling and norms of
+gradients are the same in A, because v has length one. A port is an input of zeros whose only
+purpose is that autograd returns A as its gradient: no forward value depends on it. The port of
+a transposed weight (D, O) takes A^T (G, O). A gradient of another form (several terms, the other
+side) is returned in full, and the port's gradient is None.
 Source: design.
 """
 
@@ -46,7 +45,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Ported:
-    """Arguments of a weight and of its port; left: W is (D, O), and the port (G, O)."""
+    """Argument positions of a weight and its port; left: W is (D, O), and the port (G, O)."""
 
     weight: int
     port: int
@@ -54,7 +53,7 @@ class Ported:
 
 
 def return_coordinates(ports: Sequence[Ported]) -> Pass:
-    """For each of `ports`, where the gradient of its weight allows it."""
+    """Return A for each of `ports` whose weight has a gradient of the form A (x) v."""
 
     def rewrite(gm: GraphModule) -> None:
         output = gm.graph.output_node()
@@ -78,7 +77,7 @@ def return_coordinates(ports: Sequence[Ported]) -> Pass:
 
 
 def factored_gradients(graph: Graph, weights: Iterable[int]) -> list[int]:
-    """Those weights whose whole gradient is c A (x) v, however it is going to be returned."""
+    """The weights whose whole gradient is c A (x) v, in either orientation."""
     output = graph.output_node()
     returned: Any = output.args[0]
     gradient = dict(zip(output.meta["gradient_of"], returned, strict=True))
@@ -90,9 +89,9 @@ def factored_gradients(graph: Graph, weights: Iterable[int]) -> list[int]:
 
 
 def _coordinates(node: Any, user: Node, left: bool, make: bool = True) -> Coordinates | None:
-    """What a gradient is made of, seen through what nothing else reads.
+    """A gradient as factors * reconstruct(A, v), through nodes that have no other reader; or None.
 
-    make: insert the transpose that a small gradient needs; False leaves the graph as it is.
+    make: insert the transpose that A needs; False leaves the graph as it is.
     """
     factors: list[float] = []
     transposed = False
@@ -118,7 +117,7 @@ def _across(small: Node) -> Node:
 
 
 def _emit(found: Coordinates, gradient: Node) -> Node:
-    """In the dtype of the gradient that it stands for."""
+    """A times its factors, in the dtype of the gradient that it replaces."""
     small, dtype = found.small, gradient.meta["val"].dtype
     if small.meta["val"].dtype != dtype:
         small = call(gradient, CONVERT, small, dtype)

@@ -5,15 +5,15 @@
       '--> project(dW, P) --> of the port      '--> project(P, left) --> R (r, D)
            gradient of W: none               mm(project(l, P, left), r) --> R
 
-The first is GaLore's approximation: what P does not hold of dW is gone. The second is exact
-given P, and dW is never formed:
+The first is GaLore's approximation: it drops the part of dW outside the span of P. The second
+is exact given P, and dW is never formed:
 
     P^T (l r) = (P^T l) r        (l r) P = l (r P)        project(a + b) = project(a) + project(b)
     project(c a) = c project(a)                P^T a^T = (a P)^T        a^T P = (P^T a)^T
 
 For a linear layer, dW = dy^T x, that is (dy P)^T x from the left and dy^T (x P) from the
-right, where x P (N, r) may be kept for backward in place of x (N, D). A gradient of any other
-form is projected once it is complete, and dies within backward.
+right, where x P (N, r) may be saved for backward in place of x (N, D). A gradient of any other
+form is projected where it is complete, and freed within backward.
 Source: Zhao et al. 2024, arXiv:2403.03507, equation 11; pushing it into backward: design.
 """
 
@@ -33,11 +33,11 @@ from passes.base import (
     arguments,
     aten,
     backward_nodes,
+    base_of,
     call,
     is_transpose,
     is_view,
     operand,
-    storage_of,
 )
 from passes.joint.attach import detach_ports, is_zeros_of_port
 from passes.ops import galore_project
@@ -47,7 +47,7 @@ NAME = "galore"
 
 @dataclass(frozen=True)
 class Projected:
-    """One weight's arguments: the weight, its port, and its P; P^T dW if left, else dW P."""
+    """Argument positions of a weight, its port and its P; P^T dW if left, else dW P."""
 
     weight: int
     port: int
@@ -105,8 +105,8 @@ def push_projections() -> Pass:
                 gm.graph.erase_node(node)
                 _erase_unread(g)
         for node in gm.graph.find_nodes(op="call_function", target=galore_project):
-            if operand(node, 0) not in backward:  # may be kept for backward in its place
-                storage = storage_of(operand(node, 0)).name
+            if operand(node, 0) not in backward:  # x P, which may be saved in place of x
+                storage = base_of(operand(node, 0)).name
                 node.meta["stands_for"] = StandsFor(NAME, storage, kept=True)
 
     identity = "P^T (l r) = (P^T l) r, (l r) P = l (r P), and projection is linear"
@@ -114,7 +114,7 @@ def push_projections() -> Pass:
 
 
 def _pushed(node: Node) -> tuple[Node, list[Node]] | None:
-    """What a projection equals, and the projections in it that may move on; None at its end."""
+    """A node equal to project(g, P), and its projections to push further; None if no rule fits."""
     g, p, left = operand(node, 0), operand(node, 1), bool(node.args[2])
     if g.target is aten.mm.default:
         first, second = operand(g, 0), operand(g, 1)
@@ -143,7 +143,7 @@ def _pushed(node: Node) -> tuple[Node, list[Node]] | None:
 
 
 def _project(like: Node, g: Node, p: Node, left: bool) -> Node:
-    """In the dtype of what is projected."""
+    """project(g, P) in the dtype of g."""
     dtype = g.meta["val"].dtype
     if p.meta["val"].dtype != dtype:
         p = call(like, CONVERT, p, dtype)
@@ -151,7 +151,7 @@ def _project(like: Node, g: Node, p: Node, left: bool) -> Node:
 
 
 def _erase_unread(node: Node) -> None:
-    """The node, and the views that nothing reads without it: they would count as readers."""
+    """Erase the node and the views that only it reads, which would count as readers."""
     above = node.all_input_nodes
     node.graph.erase_node(node)
     for view in above:

@@ -1,15 +1,14 @@
-"""VeLoRA: keep one number per sub-token in place of a linear's input.   [approximate]
+"""VeLoRA: save one number per sub-token in place of a linear's input.   [approximate]
 
     before                                 after
     x --> linear --> y                     x --> linear --> y
     |                                      '---> compress(x, v) --> z
-    :  (N, D) kept for backward                  :  (N, G) kept, D = G M
+    :  (N, D) saved for backward                 :  (N, G) saved, D = G M
     '--> mm(dy^T, x) --> dW                      reconstruct(z, v) --> mm(dy^T, x^) --> dW
 
-Identity it applies: x^ = z (x) v, the projection of every sub-token of x onto the unit
-vector v. dW = scale * dy^T x^ equals scale * dW exactly iff every sub-token is parallel
-to v. dx and db do not read x and are untouched. Weights that read one tensor (q, k, v;
-gate, up) share one v and one z: the decision belongs to the tensor, not to the layer.
+Identity: none; x^ = z (x) v is the projection of every sub-token of x onto the unit vector
+v. scale * dy^T x^ equals scale * dW if every sub-token is parallel to v. dx and db do not
+read x and are exact. Weights that read one tensor (q, k, v; gate, up) share one v and z.
 Source: Miles et al. 2024, arXiv:2405.17991, algorithm 1; reference velora/velora.py.
 """
 
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, StandsFor, arguments, call, storage_of
+from passes.base import Pass, StandsFor, arguments, base_of, call
 from passes.joint.compress import chosen_groups, read_instead, rows
 from passes.joint.find import WeightGradient
 from passes.ops import velora_compress, velora_reconstruct
@@ -32,7 +31,7 @@ def compress_saved_inputs(
 ) -> Pass:
     """Compress the input of each weight in `vectors`: argument of W -> argument of v.
 
-    `weights` are all arguments that are parameters: no activation is made of them alone.
+    `weights`: every argument that is a parameter; a value computed only from them is no activation.
     """
 
     def rewrite(gm: GraphModule) -> None:
@@ -50,7 +49,7 @@ def compress_saved_inputs(
 def _compress(group: list[WeightGradient], v: Node, scale: float) -> None:
     first = group[0]
     x = rows(first)  # (N, D)
-    z = call(storage_of(x), velora_compress, x, v)  # (N, G)
+    z = call(base_of(x), velora_compress, x, v)  # (N, G)
     z.meta["stands_for"] = StandsFor(NAME, first.storage_name, kept=True)
     for gradient in group:
         x_hat = call(gradient.matmul, velora_reconstruct, z, v, gradient.features)  # (N, D)

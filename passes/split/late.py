@@ -1,15 +1,15 @@
-"""Recompute late what backward recomputes.  [exact]
+"""Recompute as late as the first reader allows.  [exact]
 
     before                         after
-    a = recompute(kept)            d = backward(dy)
-    d = backward(dy)               a = recompute(kept)
+    a = recompute(saved)           d = backward(dy)
+    d = backward(dy)               a = recompute(saved)
     dx = mul(d, a)                 dx = mul(d, a)
 
-Identity: none is needed; the same operations, in another order that the data allows.
-A recomputation depends on no incoming gradient, so it could run at any time, and its result lives
-from there to its reader. torch puts each in front of its reader when it splits a graph; an edit
-after that (passes/sums.py) can take away the reader for whose sake it came so early: the input of
-the first layer then lives through the backward of all others.
+Identity: none is needed; the same operations in another topological order.
+A recomputation depends on no tangent, so it may run at any time, and its result is live from
+there to its last reader. torch places each before its first reader when it partitions; a later
+edit (`passes.split.sums`) can remove that reader: the input of the first layer would then be
+live through the backward of all others. Source: design.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from passes.base import backward_nodes
 
 
 def recompute_late(backward: Graph) -> list[str]:
-    """Move each recomputation in front of its first reader; returns the names of those moved."""
+    """Move each recomputation right before its first reader; returns the names of the moved."""
     nodes = list(backward.nodes)
     if any(_writes(node) for node in nodes):
-        return []  # what is read after a write must not be read before it
+        return []  # a read must not cross a write
     place = {node: index for index, node in enumerate(nodes)}
-    behind = backward_nodes(backward)
+    dependent = backward_nodes(backward)
     turn = dict(place)
     for node in reversed(nodes):
-        if node not in behind and node.users and _is_pure(node):
+        if node not in dependent and node.users and _is_pure(node):
             turn[node] = min(turn[reader] for reader in node.users)
     ordered = sorted(nodes, key=lambda node: (turn[node], place[node]))
     for before, node in pairwise(ordered):
@@ -42,7 +42,7 @@ def recompute_late(backward: Graph) -> list[str]:
 
 
 def _writes(node: Node) -> bool:
-    """True where an operation writes what it is handed, other than a value made for that."""
+    """True for an operation that writes to an operand."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
@@ -52,5 +52,5 @@ def _is_pure(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """True where each run draws other numbers."""
+    """True for an operation that draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -1,17 +1,17 @@
-"""Which memories live when: the bytes of one half of a split, operation by operation.
+"""Buffer liveness: the bytes of a forward or backward graph at each operation.  (reads only)
 
-A code generator allocates less than a graph has values. What it calls from a library (a
-matmul, attention, a scatter) reads and writes memory; the pointwise work and the
-reductions between two such calls become kernels, and what is made and used up within
-one such stretch never reaches memory. So a value has a buffer
+A code generator allocates fewer buffers than a graph has values. A library call (a matmul,
+attention, a scatter) reads and writes buffers; the pointwise operations and reductions
+between two calls are fused into kernels, and a value that is only used within one kernel
+has no buffer. So a value has a buffer
 
-    if a library call makes or reads it, or the half returns it, or
-    if it is read again on the far side of a library call and is too dear to compute twice:
-       it reads more than four buffers (Inductor's own threshold), or sums over many values.
+    if a library call computes or reads it, or the graph returns it, or
+    if it is read after a later library call and is too expensive to recompute: it reads
+       more than four buffers (Inductor's threshold), or is a reduction.
 
-Anything else is computed where it is read. A buffer lives from the operation that makes it
-to the last one that reads it, itself or through values that have none. Reads the graph only;
-sizes stay symbolic. What it predicts is compared with processes in docs/results.
+Any other value is recomputed where it is read. A buffer is live from the operation that
+writes it to the last one that reads it, directly or through values without a buffer. Sizes
+may be symbolic. docs/results compares the predictions with measurements.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.base import adds_present, aten, is_alias, memory_of, operand, tensor_bytes
+from passes.base import adds_present, aten, is_alias, operand, storage_root, tensor_bytes
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
 
-CREATED = {  # computed where they are read, from nothing
+CREATED = {  # without operands: computed where they are read
     aten.full.default,
     aten.arange.start_step,
     aten.arange.default,
@@ -40,7 +40,7 @@ CREATED = {  # computed where they are read, from nothing
     aten.empty.memory_format,
     torch.ops.prims.iota.default,
 }
-CALLS = (  # parts of names: library calls, and kernels that no neighbour fuses into
+CALLS = (  # parts of names: library calls, and kernels that are not fused with others
     "mm",
     "scaled_dot_product",
     "attention",
@@ -60,13 +60,13 @@ CALLS = (  # parts of names: library calls, and kernels that no neighbour fuses 
     "bernoulli",
 )
 REDUCTIONS = {"sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "argmax", "argmin"}
-OWN = ("saved", "temporary")  # may be written over; the caller may hold the others
+REUSABLE = ("saved", "temporary")  # may be overwritten; the caller may hold the others
 MANY_READS, MANY_OPERATIONS = 4, 30  # Inductor's realize_reads_, realize_opcount_threshold
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """One memory: made at position `start` of the graph, last read at `stop`."""
+    """One allocation: written at position `start` of the graph (input: -1), last read at `stop`."""
 
     node: Node
     kind: Kind
@@ -77,19 +77,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The buffers of one half of a split, in the order of the graph."""
+    """The buffers of a forward or backward graph, in the order of its nodes."""
 
     nodes: tuple[Node, ...]
     buffers: tuple[Buffer, ...]
 
     def at(self, position: int) -> list[Buffer]:
-        """What lives while the operation at `position` runs."""
+        """The buffers that are live while the operation at `position` runs."""
         live = [b for b in self.buffers if b.start <= position <= b.stop]
         reused = _reused(live, position)
         return [b for b in live if b is not reused]
 
     def points(self, hint: Callable[[Any], int]) -> Iterator[tuple[int, int]]:
-        """(position, bytes) wherever something is made; sizes at the compile's own shapes."""
+        """(position, live bytes) wherever a buffer starts; `hint` evaluates symbolic sizes."""
         starts: dict[int, list[Buffer]] = {}
         stops: dict[int, list[Buffer]] = {}
         for buffer in self.buffers:
@@ -106,12 +106,11 @@ class Timeline:
 
 
 def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline:
-    """The buffers of one half.
+    """The buffers of a forward or backward graph.
 
-    `outside` says of each placeholder that costs memory which memory it is and of what
-    kind: "saved", "returned" (saved, and handed to the caller too) and "incoming" ones die
-    behind their last reader, an "input" is the caller's.
-    Placeholders that it leaves out (parameters, state) cost nothing.
+    outside: placeholder -> (name of its storage, kind). An "input" is live throughout; "saved",
+    "returned" (saved, and an output of the program too) and "incoming" (tangents) are freed
+    after their last reader. Placeholders that it omits (parameters, state) are not counted.
     """
     nodes = tuple(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
@@ -120,10 +119,10 @@ def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline
     readers = values.readers(position)
     buffers = []
     held: dict[str, tuple[Node, Kind, int]] = {}
-    for place, (memory, kind) in outside.items():
+    for place, (storage, kind) in outside.items():
         stop = last if kind == "input" else max(readers.get(place, [-1]))
-        node, _, known = held.get(memory, (place, kind, -1))
-        held[memory] = (node, kind, max(stop, known))
+        node, _, known = held.get(storage, (place, kind, -1))
+        held[storage] = (node, kind, max(stop, known))
     for node, kind, stop in held.values():
         buffers.append(Buffer(node, kind, -1, stop, tensor_bytes(node)))
     calls = sorted(position[n] for n in nodes if is_call(n))
@@ -135,22 +134,22 @@ def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline
         kind = "output" if node in values.returned else "temporary"
         if kind == "temporary" and not is_call(values.maker(node)):
             if not values.read_by_call(node) and not _crosses(calls, made, stop):
-                continue  # made and used up within one kernel
+                continue  # written and read within one kernel
         buffers.append(Buffer(node, kind, made, stop, tensor_bytes(node)))
     return Timeline(nodes, tuple(buffers))
 
 
 def is_call(node: Node) -> bool:
-    """A library call, or a kernel of its own."""
+    """True for a library call, and for a kernel that is not fused with others."""
     if node.op != "call_function" or is_alias(node) or node.target is getitem:
         return False
     if node.target is aten.scatter.value and operand(node, 0).target in CREATED:
-        return False  # one number at an index of a constant: Inductor compares indices
+        return False  # a scatter of one number into a constant: Inductor fuses it as a comparison
     return adds_present(node) or any(part in _name(node) for part in CALLS)
 
 
 def _begins(node: Node, user: Node) -> bool:
-    """A constant that `user` scatters into: its result is that memory, written from the start."""
+    """True for a constant that `user` scatters into: the result of `user` is the same buffer."""
     scatters = any(part in _name(user) for part in ("index_put", "scatter", "index_add"))
     return node.target in CREATED and scatters and user.args[0] is node
 
@@ -165,20 +164,20 @@ def _crosses(calls: list[int], start: int, stop: int) -> bool:
 
 
 def _reused(live: list[Buffer], position: int) -> Buffer | None:
-    """A buffer that a pointwise operation writes its result over: same size, read last here."""
+    """The buffer that a pointwise operation overwrites: of its result's size, last read here."""
     made = [b for b in live if b.start == position and b.node.op == "call_function"]
     if len(made) != 1 or is_call(made[0].node) or made[0].node.target is getitem:
         return None
-    dying = (b for b in live if b.stop == position and b.start < position and b.kind in OWN)
+    dying = (b for b in live if b.stop == position and b.start < position and b.kind in REUSABLE)
     return next((b for b in dying if str(b.bytes) == str(made[0].bytes)), None)
 
 
 class _Values:
-    """Which nodes have a memory of their own, and what is read through those that have none."""
+    """Which nodes have a buffer, and which buffers are read through nodes that have none."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.returned = {memory_of(n) for n in graph.output_node().all_input_nodes}
+        self.returned = {storage_root(n) for n in graph.output_node().all_input_nodes}
         self._reads: dict[Node, frozenset[Node]] = {}  # of nodes without a buffer
         self._operations: dict[Node, int] = {}
         self._buffers: set[Node] = set()
@@ -187,7 +186,7 @@ class _Values:
                 self._settle(node)
 
     def maker(self, node: Node) -> Node:
-        """The operation that writes this memory."""
+        """The operation that writes the buffer of `node`."""
         return operand(node, 0) if node.target is getitem else node
 
     def has_buffer(self, node: Node) -> bool:
@@ -199,18 +198,22 @@ class _Values:
             for user in stack.pop().users:
                 if is_call(user) and not _begins(node, user):
                     return True
-                if user not in seen and memory_of(user) is memory_of(node) and user is not node:
+                if (
+                    user not in seen
+                    and storage_root(user) is storage_root(node)
+                    and user is not node
+                ):
                     seen.add(user)
                     stack.append(user)
         return False
 
     def _settle(self, node: Node) -> None:
-        if is_alias(node) or memory_of(node) is not node:
+        if is_alias(node) or storage_root(node) is not node:
             return
         if node.op != "call_function":
             self._buffers.add(node)
             return
-        operands = [memory_of(n) for n in self.maker(node).all_input_nodes]
+        operands = [storage_root(n) for n in self.maker(node).all_input_nodes]
         reads = frozenset(r for n in operands for r in self._read(n))
         self._reads[node] = reads
         self._operations[node] = 1 + sum(
@@ -239,9 +242,9 @@ class _Values:
         readers: dict[Node, list[int]] = {}
         for node in self.graph.nodes:
             if node.op == "output":
-                roots = {memory_of(n) for n in node.all_input_nodes}
+                roots = {storage_root(n) for n in node.all_input_nodes}
             elif is_call(node) or (node in self._buffers and node.op == "call_function"):
-                roots = {memory_of(n) for n in self.maker(node).all_input_nodes}
+                roots = {storage_root(n) for n in self.maker(node).all_input_nodes}
             else:
                 continue
             where = position[self.maker(node) if node.op == "call_function" else node]

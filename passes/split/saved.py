@@ -1,8 +1,7 @@
-"""What a partitioned forward keeps for its backward.
+"""The tensors that a partitioned forward saves for its backward.   (reads only)
 
-A partitioner returns a forward graph whose outputs are the program's own, followed by
-the tensors that it hands to backward. Several of them may be views of one memory: the
-bytes of a step are the bytes of distinct memories. Reads the graph only.
+The outputs of a forward graph are the outputs of the program, then the tensors saved for
+backward. Several of these may be views of one storage: saved bytes count each storage once.
 """
 
 from __future__ import annotations
@@ -14,54 +13,54 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from passes.base import is_view, memory_of, storage_of, tensor_bytes
+from passes.base import base_of, is_view, storage_root, tensor_bytes
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The distinct memories that a forward keeps, apart from parameters and state."""
+    """The distinct storages that a forward saves, excluding parameters and state."""
 
-    handed: dict[Node, tuple[Node, ...]]  # memory -> the views of it that backward is given
+    views: dict[Node, tuple[Node, ...]]  # storage -> the views of it that backward reads
 
     @property
     def storages(self) -> tuple[Node, ...]:
-        return tuple(self.handed)
+        return tuple(self.views)
 
     @property
     def bytes(self) -> Any:
-        """Their sum; symbolic under dynamic shapes."""
-        return sum((tensor_bytes(node) for node in self.handed), 0)
+        """Their total size; symbolic under dynamic shapes."""
+        return sum((tensor_bytes(node) for node in self.views), 0)
 
     def named(self, names: Collection[str]) -> Node | None:
-        """The kept memory of one of these nodes, if any is kept."""
-        for memory, views in self.handed.items():
-            if memory.name in names or any(storage_of(v).name in names for v in views):
-                return memory
+        """The saved storage of one of these nodes, or None."""
+        for storage, views in self.views.items():
+            if storage.name in names or any(base_of(v).name in names for v in views):
+                return storage
         return None
 
 
 def kept_for_backward(forward: Graph, num_outputs: int, free: Collection[int]) -> Kept:
-    """The memories behind the outputs past `num_outputs`; `free` arguments cost nothing."""
+    """The storages of the outputs after `num_outputs`; arguments in `free` are not counted."""
     output = forward.output_node()
     roots: dict[int, Node] = {}
-    handed: dict[Node, tuple[Node, ...]] = {}
+    views: dict[Node, tuple[Node, ...]] = {}
     returned: Any = output.args[0]
     for node in returned[num_outputs:]:
-        root = memory_of(node)
+        root = storage_root(node)
         value = root.meta.get("val")
         if isinstance(value, torch.Tensor) and root.meta.get("argument") not in free:
             root = roots.setdefault(value.untyped_storage()._cdata, root)
-            handed[root] = (*handed.get(root, ()), node)
-    return Kept(handed)
+            views[root] = (*views.get(root, ()), node)
+    return Kept(views)
 
 
-def readers(backward: Graph, handed: Collection[Node]) -> Iterator[Node]:
-    """Who reads these kept tensors in backward, views looked through.
+def readers(backward: Graph, saved: Collection[Node]) -> Iterator[Node]:
+    """The nodes of backward that read these saved tensors, directly or through views.
 
-    They are named by the forward's nodes, or by backward's own.
+    saved: nodes of the forward or of the backward graph; a saved tensor has one name in both.
     """
-    names = {node.name for node in handed if node.graph is not backward}
-    stack = [node for node in handed if node.graph is backward]
+    names = {node.name for node in saved if node.graph is not backward}
+    stack = [node for node in saved if node.graph is backward]
     if names:
         stack += [n for n in backward.find_nodes(op="placeholder") if n.name in names]
     seen: set[Node] = set()
@@ -77,7 +76,7 @@ def readers(backward: Graph, handed: Collection[Node]) -> Iterator[Node]:
 
 
 def exclusive_inputs(backward: Graph, z: Node) -> list[Node]:
-    """The placeholders that backward reads for nothing but to rebuild z."""
+    """The placeholders that backward reads only to compute z."""
     output = backward.output_node()
     needed: set[Node] = {z}
     stack: list[Node] = [output]
@@ -86,11 +85,11 @@ def exclusive_inputs(backward: Graph, z: Node) -> list[Node]:
             if operand not in needed:
                 needed.add(operand)
                 stack.append(operand)
-    behind: set[Node] = set()
+    above: set[Node] = set()
     stack = [z]
     while stack:
         for operand in stack.pop().all_input_nodes:
-            if operand not in behind:
-                behind.add(operand)
+            if operand not in above:
+                above.add(operand)
                 stack.append(operand)
-    return [node for node in behind - needed if node.op == "placeholder"]
+    return [node for node in above - needed if node.op == "placeholder"]

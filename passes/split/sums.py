@@ -1,15 +1,15 @@
-"""Keep a running sum in place of its last term.  [exact]
+"""Save a running sum in place of its last term.  [exact]
 
     before                                                   after
-    forward:  y = mm(...);  r' = r + dropout(y);  keeps y    forward:  keeps r'
+    forward:  y = mm(...);  r' = r + dropout(y);  saves y    forward:  saves r'
     backward: r' = r + dropout(y);  reads r'                 backward: reads r'
 
-Identity: none is needed; backward is handed what it would have computed. A min-cut sees
-that y and r' have the same size and takes either. With every y of a stack of residual
-blocks kept, backward adds them all up again before its first layer, and holds the sums
-until its last: one sum a block is as many bytes, and no work. Edits the two halves of a
-split; only where r' is all that backward reads y for, directly or through elementwise
-operations that serve nothing else, and is no larger than y.
+Identity: none is needed; backward receives what it would have recomputed. To a min-cut, y and
+r' cost the same. Where it saves every y of a stack of residual blocks, backward recomputes all
+their sums first, and holds each until it is read; saving one sum per block takes the same bytes
+and no recomputation. Edits the forward and the backward graph, only where backward reads y for
+nothing but r', directly or through elementwise operations, and r' is no larger than y.
+Source: design.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from passes.base import aten, memory_of, tensor_bytes
+from passes.base import aten, storage_root, tensor_bytes
 from passes.split.saved import readers
 
 
 def keep_sums(
     forward: Graph, backward: Graph, outputs: int, hint: Callable[[Any], int]
 ) -> list[str]:
-    """Exchange terms for sums until none is left; returns the names of the sums now kept."""
+    """Replace saved terms by sums until none is left; returns the names of the saved sums."""
     made = {node.name: node for node in forward.nodes}
     sums: list[str] = []
     while found := _sweep(forward, backward, outputs, made, hint):
@@ -47,17 +47,17 @@ def _sweep(
     returned: Any = forward.output_node().args[0]
     kept = returned[outputs:]
     places = {node.name: node for node in backward.find_nodes(op="placeholder")}
-    sharers = Counter(memory_of(node) for node in kept)
+    views = Counter(storage_root(node) for node in kept)
     names = {node.name for node in kept}
     sums = []
     for index, term in enumerate(kept, start=outputs):
-        memory = memory_of(term)
-        if memory.op != "call_function" or sharers[memory] > 1 or term.name not in places:
-            continue  # arguments live anyway; views keep a memory; RNG states have other names
+        storage = storage_root(term)
+        if storage.op != "call_function" or views[storage] > 1 or term.name not in places:
+            continue  # an argument is live anyway, another view saves it, or it is an RNG state
         total = _only_sum(places[term.name])
         if total is None or total.name in names or total.name not in made:
             continue
-        if hint(tensor_bytes(total)) <= hint(tensor_bytes(memory)):
+        if hint(tensor_bytes(total)) <= hint(tensor_bytes(storage)):
             _exchange(forward, backward, index, places[term.name], made[total.name], total)
             names.add(total.name)
             sums.append(total.name)
@@ -65,7 +65,7 @@ def _sweep(
 
 
 def _only_sum(place: Node) -> Node | None:
-    """The sum that is all backward reads this for, if it is."""
+    """The sum that is the only reader of this, directly or through elementwise operations."""
     node = place
     while len(read := list(islice(readers(place.graph, [node]), 2))) == 1:
         (node,) = read
@@ -93,7 +93,7 @@ def _exchange(
 
 
 def _erase(graph: Graph, node: Node) -> None:
-    """This node, and the views that were made for it alone."""
+    """Erase the node, and every operand that only it reads."""
     operands = node.all_input_nodes
     graph.erase_node(node)
     for operand in operands:

@@ -1,12 +1,12 @@
-"""Let a matmul accumulate into the weight that it updates.   [exact]
+"""Accumulate a matmul into the weight that it updates.   [exact]
 
     before                                        after
     mm(a, b) --> S                                addmm_(W, a, b, beta=c, alpha=s)
     copy_(W, add(mul(W, c)?, S, alpha=s))
 
-Identity: beta W + alpha a b is what a matmul kernel writes when it is given W as its
-output. S, of W's size, never exists, and W is read and written once. Only for matrices:
-a weight of more dimensions has no in-place matrix view under every memory format.
+Identity: a GEMM computes beta W + alpha a b into W. S, of W's size, is never allocated,
+and W is read and written once. Only for matrices: a weight of more dimensions has no
+matrix view in every memory format. Source: design.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _accumulate(write: Node) -> None:
 
 
 def _unwidened(value: Any) -> Node | None:
-    """What a cast to the computing dtype was made of: addmm computes in it as well."""
+    """The operand of a cast to the compute dtype, which addmm accumulates in as well."""
     if not isinstance(value, Node):
         return None
     operand = value.args[0] if value.target is CONVERT else value

@@ -1,18 +1,18 @@
-"""Adam's fused node in plain aten, with every hyperparameter a tensor.   [exact]
+"""Adam's fused op in plain aten, with every hyperparameter a tensor.   [exact]
 
     hyperparameters_as_inputs
         _fused_adamw_(..., lr=1e-3, beta1=0.9, ...) --> _fused_adamw_(..., lr=lr, beta1=beta1, ...)
         lr, beta1, beta2, weight_decay and eps become 0-d float64 inputs, so that a
-        scheduler of any of them changes data, never a graph. A weight decay of zero stays.
+        scheduler needs no recompile. A weight decay of 0 stays a constant.
 
-    lower_fused_adam, per parameter, with t = step (already counted) and g the gradient:
+    lower_fused_adam, per parameter, with t = step (already incremented) and g the gradient:
         g <- -g                    if maximize
         g <- g + wd w              if the decay is L2        w <- (1 - lr wd) w  if decoupled
         m <- b1 m + (1 - b1) g     v <- b2 v + (1 - b2) g^2  u = max(u, v) if amsgrad, else v
         w <- w - lr / (1 - b1^t) * m / (sqrt(u) / sqrt(1 - b2^t) + eps)
 
 Identity: the definition of torch's fused kernel (aten/src/ATen/native/FusedAdam.cpp),
-whose arithmetic for bfloat16 and float16 runs in float32 and rounds at each store.
+which computes bfloat16 and float16 in float32 and rounds at each store.
 Source: Kingma & Ba 2015; Loshchilov & Hutter 2019 (decoupled); Reddi et al. 2018 (amsgrad).
 """
 
@@ -31,7 +31,7 @@ HYPERPARAMETERS = ("lr", "beta1", "beta2", "weight_decay", "eps")
 
 
 def hyperparameters_as_inputs() -> Pass:
-    """Replace the numbers in fused nodes by inputs that all of them share, at the end."""
+    """Replace the hyperparameters of all fused nodes by shared inputs, after the others."""
 
     def rewrite(gm: GraphModule) -> None:
         for name in HYPERPARAMETERS:

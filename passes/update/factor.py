@@ -1,21 +1,20 @@
-"""Adam on the coordinates of a VeLoRA gradient: A and its moments, never G.   [exact]
+"""Adam on the coordinates A of a VeLoRA gradient: G is never formed.   [exact]
 
     before, G = A (x) v, all (O, D)        after, A, m, s (O, G)
     m <- b1 m + (1 - b1) G                 m <- b1 m + (1 - b1) A
     s <- b2 s + (1 - b2) G^2               s <- b2 s + (1 - b2) A^2
     W <- W - c m / (sqrt(s) / k + eps)     W <- W - (c m (x) v) / (sqrt(s) / k (x) |v| + eps)
 
-Identity: every value from G to the division is `small (x) w`, w one of v, v^2 and |v|:
+Identity: every value from G to the division is `small (x) w`, where w is v, v^2 or |v|:
 
     c (a (x) w) = c a (x) w                        (a (x) w) + (b (x) w) = (a + b) (x) w
     (a (x) v) (b (x) v) = a b (x) v^2              max(a (x) v^2, b (x) v^2) = max(a, b) (x) v^2
     sqrt(a (x) v^2) = sqrt(a) (x) |v|
 
-(a weight that is (D, O) has all of this transposed)
-
-so it is computed small, by the same operation, and spread over D only where something else
-reads it: at eps, which is no multiple of |v|. Exact as long as v stays the same, and where
-nothing of full size joins G before the moments: an L2 decay does.
+so the same operation computes it on `small`, and it is expanded to D only where another
+operation reads it: at eps, which is no multiple of |v|. A weight (D, O) has all of this
+transposed. Exact as long as v does not change, and where nothing of full size is added to
+G before the moments, as an L2 decay is.
 Source: design; checked against torch's Adam in float64 by tests.
 """
 
@@ -35,12 +34,11 @@ SUMS = (aten.add.Tensor, aten.sub.Tensor)
 
 
 def factor_updates(weight: int, vector: int, held: Mapping[int, str], left: bool = False) -> Pass:
-    """Factor the lowered update of `weight` along the v in argument `vector`.
+    """Factor the lowered update of `weight` along the v (M,) in argument `vector`.
 
-    held: the arguments that are `small (x) w` from now on, with their w: the gradient and
-    the first moment V, the second and its maximum SQUARE. left: the weight is (D, O), what
-    is small (G, O). Raises ValueError where a moment
-    would not be of that form.
+    held: argument -> its w, for those that become (O, G): the gradient and the first moment V,
+    the second moment and its maximum SQUARE. left: the weight is (D, O), those are (G, O).
+    Raises ValueError where a moment would not be of that form.
     """
 
     def rewrite(gm: GraphModule) -> None:
@@ -68,14 +66,14 @@ def factor_updates(weight: int, vector: int, held: Mapping[int, str], left: bool
 
 @dataclass(frozen=True)
 class _Spread:
-    """How what is small becomes full again."""
+    """Expand small (x) w to full size."""
 
     v: Node
     features: int
     left: bool
 
     def __call__(self, before: Node, small: Node, basis: str) -> Node:
-        """small (x) w, (O, D); if left, (D, O)."""
+        """small (x) w: (O, G) -> (O, D); if left, (G, O) -> (D, O)."""
         v = self.v
         if basis == SQUARE:
             v = insert(before, aten.mul.Tensor, v, v)
@@ -89,7 +87,7 @@ class _Spread:
 
 
 def _follow(node: Node, bases: dict[Node, str], spread: _Spread) -> None:
-    """Let a node work on small operands where the identity holds, else spread them."""
+    """Compute a node on small operands where the identity holds; else expand them."""
     read = [n for n in node.all_input_nodes if n in bases]
     if not read or node.op == "output":
         return
@@ -102,15 +100,15 @@ def _follow(node: Node, bases: dict[Node, str], spread: _Spread) -> None:
         return
     if node.target is aten.copy_.default and operand(node, 0) in bases:
         raise ValueError(
-            f"{node.name} would store what is not A (x) v in {operand(node, 0).name}: an L2 "
-            "decay, or another gradient, was added before the moments"
+            f"{node.name} would store a value that is not A (x) v in {operand(node, 0).name}: an "
+            "L2 decay, or another gradient, was added before the moments"
         )
     for n in read:
         node.replace_input_with(n, spread(node, n, bases[n]))
 
 
 def _basis(node: Node, bases: Mapping[Node, str]) -> str | None:
-    """w, if this node maps small (x) w to small (x) w by acting on what is small."""
+    """The w of a node's result, if the node may act on small operands; else None."""
     first = bases.get(operand(node, 0))
     other = node.args[1] if len(node.args) > 1 else None
     second = bases.get(other) if isinstance(other, Node) else None

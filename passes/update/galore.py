@@ -11,13 +11,13 @@ With P of r orthonormal columns, (O, r) from the left or (D, r) from the right:
     left   R = P^T G    W <- W + scale P Z
     right  R = G P      W <- W + scale Z P^T
 
-Where backward has returned R itself (`passes.joint.push`), it is taken as it is, and an L2 decay
+Where backward returns R itself (`passes.joint.push`), R is used unchanged, and an L2 decay
 adds the projection of W, which is the same sum.
 
 Identity: none, the step lies in the span of P. At r = min(O, D) and scale = 1 it is Adam
 in rotated coordinates. Decoupled decay acts on W, as AdamW's; L2 decay and maximize act
 on the full gradient, before the projection, as in torch's Adam. Parameters that are not
-selected keep the node that they had. A 4-D weight is read as (O, D h w).
+selected keep their fused node. A 4-D weight is read as (O, D h w).
 Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2; reference galore_torch/adamw.py,
 which applies the decay after the step and scales the update inside project_back.
 """
@@ -44,11 +44,11 @@ class Projection:
     projector: int  # the argument that holds its P
     left: bool
     scale: float
-    given: bool = False  # the gradient is R already: see `passes.joint.push`
+    given: bool = False  # True: the gradient is R already, see `passes.joint.push`
 
 
 def project_updates(projections: Mapping[int, Projection]) -> Pass:
-    """Project the update of each parameter: argument of W -> how."""
+    """Project the update of each parameter in `projections`: argument of W -> its projection."""
 
     def rewrite(gm: GraphModule) -> None:
         place = arguments(gm.graph)
@@ -61,7 +61,7 @@ def project_updates(projections: Mapping[int, Projection]) -> Pass:
 
 
 def _split(fused: Node, projections: Mapping[int, Projection], place: dict[int, Node]) -> None:
-    """Take the selected parameters out of a fused node, each into a node of its own."""
+    """Move each selected parameter out of a fused node into a separate fused node."""
     columns: list[list[Node]] = [list(column) for column in fused.args]  # type: ignore[arg-type]
     selected = [i for i, w in enumerate(columns[0]) if w.meta.get("argument") in projections]
     for i in selected:
@@ -109,7 +109,7 @@ def _project(fused: Node, columns: list[list[Node]], p: Node, how: Projection) -
 
 
 def _shrink(fused: Node, lr: Any, decay: Any) -> Any:
-    """1 - lr wd, of numbers or of 0-d inputs."""
+    """1 - lr wd, of floats or of 0-d inputs."""
     if not isinstance(lr, Node) and not isinstance(decay, Node):
         return 1 - lr * decay
     return insert(fused, aten.rsub.Scalar, insert(fused, aten.mul.Tensor, lr, decay), 1)

@@ -1,13 +1,13 @@
-"""Cut an update in three: what is scalar, what is compiled, what writes into weights.   [exact]
+"""Cut an update in three graphs: scalars, a compiled body, writes into weights.   [exact]
 
     step, lr, betas --> 0-d arithmetic --> c...          scalars
     G, m, v, P, c...  --> ops --> Z                      body
     W, Z, P, c...     --> addmm_ into W                  writes
 
-Identity: the three in this order are the graph. Scalar arithmetic leaves the body
-because a code generator would inline it into every loop, a power per element; in-place
-matmuls leave it because a code generator would make them functional, with a copy of W
-before and after. Scalars cross in the dtype that the body computes in; numbers as they are.
+Identity: running the three in this order runs the graph. Scalar arithmetic leaves the body
+because a code generator would inline it into every loop (a power per element); in-place
+matmuls leave it because a code generator would functionalize them, with a copy of W before
+and after. Scalar tensors are cast to the dtype of the body; Python numbers are not.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cut(gm: GraphModule, dtype: torch.dtype) -> Pieces:
 
 
 def _scalars(graph: Graph) -> dict[Node, None]:
-    """0-d inputs and what depends on nothing else, in order."""
+    """0-d inputs, and the nodes that depend on nothing else, in order."""
     inside: dict[Node, None] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -1,11 +1,11 @@
-"""Read and write the moments of an update in the form that they are stored in.   [approximate]
+"""Read and write the moments of an update in a storage format.   [approximate]
 
     before                                  after
     m --> ops --> m'                        s... --> read --> m --> ops --> m' --> write --> s'...
     copy_(m, m')                            copy_(s, s') for each s
 
-Identity: none; the form decides what a moment loses from one step to the next. Between `read` and
-`write` the update is what it was, in the dtype that it computes in.
+Identity: none; a moment is rounded to the format once per step. Between `read` and `write` the
+update is unchanged, in its compute dtype. Source: design.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from passes.emit import emit
 class Form:
     """How one moment is stored.
 
-    stored: examples of its tensors. read(*stored, shape=, dtype=): the moment; write(moment): the
-    tensors again, one or several.
+    stored: examples of its tensors. read(*stored, shape=, dtype=): the moment. write(moment): the
+    tensors to store, one or several.
     """
 
     name: str
@@ -39,9 +39,10 @@ class Form:
 def store_moments(
     forms: Mapping[int, Form], dtype: torch.dtype, key: tuple[Hashable, ...] = ()
 ) -> Pass:
-    """Let the lowered update read and write each moment (by its argument) in its form.
+    """Read and write each moment in its form: argument of the moment -> form.
 
-    dtype: of what it computes with. Further tensors of a moment are arguments after its first one.
+    dtype: what the update computes in. A form of several tensors adds arguments after the moment's.
+    Raises TypeError where `read` or `write` returns another shape or dtype.
     """
 
     def rewrite(gm: GraphModule) -> None:
@@ -70,7 +71,7 @@ def _store(moment: Node, form: Form, dtype: torch.dtype) -> None:
 
 
 def _placeholders(moment: Node, form: Form) -> list[Node]:
-    """The moment's own argument, of another shape now, and one more for each further part."""
+    """The placeholder of the moment, with its new shape, and one more per further tensor."""
     mode = moment.meta["val"].fake_mode
     found, graph = [moment], moment.graph
     for _ in form.stored[1:]:

@@ -1,9 +1,9 @@
-"""The cost of each configuration: bytes, seconds, compilation, and how far gradients are off.
+"""The cost of each configuration: bytes, seconds, compile time, and the error of gradients.
 
-Processes live in groups, the baseline in each: they are started one after the other, then
-run their steps in turn, so that a slow minute of the machine hits all of a group alike. The
-ratio of a step is to the baseline's of the same round. Memory is read in processes of their
-own, whose allocator gives back at once what is freed. A repeat does it all again.
+Processes run in groups with one baseline each: they are started one after the other, then
+run their steps in turn, so that a slow minute of the machine affects all of a group equally. The
+ratio of a step is to the baseline's step of the same round. Memory is measured in separate
+processes, whose allocator returns freed blocks at once. A repeat runs everything again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from memrewrite.bench.run.subject import Request
 from memrewrite.bench.show.summary import summarise
 
 WARM_UP = 2  # rounds that are not timed
-HEADROOM = 2  # times the largest process so far, before another one is started
+HEADROOM = 2  # a process is started if this many times the largest so far is available
 DRAWS = "the model has dropout, and draws it anew under each compiler"
 CACHES = "TORCHINDUCTOR_CACHE_DIR"
-Tell = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 @dataclass
 class Settings:
-    """How much is measured. together: processes alive at once, the baseline apart."""
+    """How much to measure. together: processes at once, excluding the baseline."""
 
     repeats: int = 3
     rounds: int = 9
@@ -41,20 +41,20 @@ class Settings:
 
 @dataclass
 class Cost:
-    """A bench in progress. `tell` hears what is being done; `tick` that a run is complete."""
+    """A bench in progress. show: called with what is being done; tick: after each run."""
 
     document: Document
     asked: Request
     configurations: Sequence[Configuration]
     settings: Settings
-    tell: Tell
+    show: Show
     tick: Callable[[], None]
     largest: int = 0
     available: int | None = None
     scratch: Path = field(init=False)
 
     def remaining(self) -> list[tuple[int, Configuration]]:
-        """(repeat, configuration) that no run is kept of, the first repeat first."""
+        """(repeat, configuration) of all missing runs, the first repeat first."""
         pairs = []
         for repeat in range(self.settings.repeats):
             for configuration in self.configurations:
@@ -66,23 +66,23 @@ class Cost:
         return pairs
 
     def run(self) -> None:
-        """All that remains. What is done is on disk whatever happens."""
+        """Run all that remains; each result is saved at once."""
         self.document.order(self.configurations)
         with tempfile.TemporaryDirectory(prefix="memrewrite_bench_") as scratch:
             self.scratch = Path(scratch)
             todo = self.remaining()
             self._references({c for _, c in todo})
             for repeat in range(self.settings.repeats):
-                for family in (False, True):  # without and with LoRA: two baselines
+                for family in (False, True):  # without and with LoRA, each with a baseline
                     mine = [c for r, c in todo if r == repeat and c.lora is family]
                     while mine:
                         taken = self._group(mine, repeat)
                         mine = [c for c in mine if c not in taken]
 
     def _references(self, configurations: set[Configuration]) -> None:
-        """Gradients of the plain model, once a family, each in a process of its own."""
+        """Compute gradients of the plain model, once per family, in separate processes."""
         for name in sorted({c.reference for c in configurations}):
-            self.tell(f"reference gradients of {name}")
+            self.show(f"reference gradients of {name}")
             with self._child(parse(name), "reference") as child:
                 try:
                     found = child.ask("start", keep=str(self._reference(name)))
@@ -111,7 +111,7 @@ class Cost:
         return path
 
     def _group(self, waiting: Sequence[Configuration], repeat: int) -> set[Configuration]:
-        """As many of those waiting as fit beside one another; returns which were run."""
+        """Run as many of those waiting as fit in memory; returns which were run."""
         base = parse(waiting[0].baseline)
         members = [base, *(c for c in waiting if c != base)]
         runs: dict[Configuration, dict[str, Any]] = {}
@@ -137,7 +137,7 @@ class Cost:
 
     def _start(self, child: Child, run: dict[str, Any]) -> bool:
         name = child.configuration.name
-        self.tell(f"{name}: compiling")
+        self.show(f"{name}: compiling")
         run["cold"] = not any(self._cache(child.configuration).iterdir())
         reference = self._reference(child.configuration.reference)
         with failing(run):
@@ -145,7 +145,7 @@ class Cost:
             self.largest = max(self.largest, run.pop("taken"))
             self.available = run.pop("available")
         if run["error"]:
-            child.close()  # what it holds is the others' to take
+            child.close()  # frees its memory for the others
         return run["error"] is None
 
     def _rounds(
@@ -157,7 +157,7 @@ class Cost:
         for run in runs.values():
             run |= {"step_s": [], "refresh_s": [], "ratios": [], "recompiles": 0}
         for number in range(WARM_UP + self.settings.rounds):
-            self.tell(f"steps of {len(children)} processes, round {number + 1}")
+            self.show(f"steps of {len(children)} processes, round {number + 1}")
             timed: dict[Configuration, float] = {}
             for configuration, child in list(children.items()):
                 run = runs[configuration]
@@ -175,12 +175,12 @@ class Cost:
                     runs[configuration]["ratios"].append(seconds / timed[base])
 
     def _memory(self, configuration: Configuration, run: dict[str, Any]) -> None:
-        self.tell(f"{configuration.name}: memory")
+        self.show(f"{configuration.name}: memory")
         with self._child(configuration, "memory") as child, failing(run):
             child.ask("start")
             run["memory"] = child.ask("memory")
             if run["repeat"] == 0:
-                self.tell(f"{configuration.name}: predicting")
+                self.show(f"{configuration.name}: predicting")
                 run |= child.ask("predict")
 
     def _learn(self, configuration: Configuration, run: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class Cost:
 
 @contextmanager
 def failing(run: dict[str, Any]) -> Iterator[None]:
-    """A worker's failure becomes a fact of its run; the others go on."""
+    """Record a worker's failure in its run; the others continue."""
     try:
         yield
     except Failed as error:
@@ -200,15 +200,15 @@ def failing(run: dict[str, Any]) -> Iterator[None]:
 
 
 def skipped(configuration: Configuration) -> str | None:
-    """Why it cannot be run here."""
+    """Why a configuration is skipped, or None."""
     package = configuration.missing()
     if package is not None:
         return f"{package} is not installed; pip install 'memrewrite[bench]'"
     if configuration.only_training:
-        return "differs in the loss alone: see `bench train`"
+        return "differs only in the loss: see `bench train`"
     return None
 
 
 def _plain(configuration: Configuration) -> str:
-    """Its name, as a file's."""
+    """Its name as a file name."""
     return configuration.name.replace("/", "_")

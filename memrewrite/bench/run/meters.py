@@ -1,10 +1,10 @@
-"""Reading memory: of this process on a CPU, of torch's allocator on CUDA.
+"""Measure memory: of this process on a CPU, of torch's allocator on CUDA.
 
 On the CPU a peak is the high-water mark of resident memory, which the kernel resets on
-request. It says what tensors take only if freed blocks leave the process at once: a process
-that is measured must be *started* with FREE_AT_ONCE in its environment (glibc's). Asking for
-it later is too late: blocks that the heap has got by then go back to the heap. It slows
-allocation, so steps are timed in another process.
+request. It measures tensors only if freed blocks are returned to the system at once: a measured
+process must be *started* with FREE_AT_ONCE in its environment (for glibc), because blocks that
+are on the heap already return to the heap. This slows allocation, so steps are timed in another
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memrewrite.gradients.gradient import ProjectedGrad
 
-BLOCK = 64 * 1024  # above it, a freed block goes back to the system
+BLOCK = 64 * 1024  # bytes: larger blocks are returned to the system when freed
 FREE_AT_ONCE = {
     "MALLOC_MMAP_THRESHOLD_": str(BLOCK),
     "MALLOC_TRIM_THRESHOLD_": str(BLOCK),
@@ -31,33 +31,33 @@ FREE_AT_ONCE = {
 
 
 class Meter(Protocol):
-    """Bytes; `peak` is the most since the last `reset`."""
+    """Memory in bytes."""
 
     def settle(self) -> int:
-        """Let go of what is unused and forget the peak: the bytes that remain."""
+        """Free what is unused and reset the peak; returns the bytes that remain."""
 
     def reset(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
 
     def peak(self) -> int:
-        """The most bytes held at once since `reset`."""
+        """The most bytes in use since `reset`."""
 
     def reserved(self) -> int:
-        """The most bytes that an allocator of its own took since `reset`; 0 where there is none."""
+        """The most bytes that a caching allocator reserved since `reset`; 0 without one."""
 
     def taken(self) -> int:
-        """The most that this process has held."""
+        """The most bytes that this process has taken."""
 
     def available(self) -> int:
-        """What can still be taken, by any process."""
+        """The bytes that are still available to any process."""
 
     def wait(self) -> None:
-        """Until the device has done all that was asked of it."""
+        """Wait until the device has completed its work."""
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Of this process; Linux with glibc."""
+    """Resident memory of this process; Linux with glibc."""
 
     def settle(self) -> int:
         gc.collect()
@@ -87,7 +87,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Of torch's caching allocator on that device, which need not be the current one."""
+    """torch's caching allocator on a device, which need not be the current one."""
 
     device: torch.device
 
@@ -120,7 +120,7 @@ class Cuda:
 
 
 def meter(device: str) -> Meter:
-    """Raises OSError where this platform does not tell."""
+    """The meter of a device. Raises OSError where the platform has none."""
     if torch.device(device).type == "cuda":
         return Cuda(torch.device(device))
     Resident().reset()
@@ -128,14 +128,14 @@ def meter(device: str) -> Meter:
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Each memory once."""
+    """Bytes of tensors, each storage once."""
     plain = [held for t in tensors for held in (t.held() if isinstance(t, ProjectedGrad) else (t,))]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
     return sum(storages.values())
 
 
 class Stopwatch:
-    """Seconds of the device's work between two reads; it runs from the start."""
+    """Seconds of the device's work between two reads; starts when it is created."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter, self.begun = meter, 0.0

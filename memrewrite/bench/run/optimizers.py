@@ -1,4 +1,4 @@
-"""The optimizers of the table, over one model, with the settings that make them comparable."""
+"""The optimizers of the configurations, with comparable settings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DECAY = 0.01
 def make(
     configuration: Configuration, model: nn.Module, lr: float, rank: int, refresh: int
 ) -> Optimizer:
-    """The configuration's optimizer over what the model trains.
+    """The configuration's optimizer over the model's trained parameters.
 
-    galore-torch and apollo-torch project the weights that memrewrite would. Raises
-    ImportError, naming the package, where one is missing.
+    galore-torch and apollo-torch project the same weights as memrewrite. Raises ImportError,
+    naming the package, if one is missing.
     """
     kind = configuration.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -58,7 +58,11 @@ def make(
         )
     from apollo_torch import APOLLOAdamW
 
-    how |= {"proj": "random", "scale_type": "channel", "scale": 1.0}  # its paper's main setting
+    how |= {
+        "proj": "random",
+        "scale_type": "channel",
+        "scale": 1.0,
+    }  # the main setting of its paper
     return APOLLOAdamW(  # type: ignore[no-any-return]
         [{"params": plain}, {"params": small, **how}], lr=lr, eps=1e-8, weight_decay=DECAY
     )
@@ -67,7 +71,7 @@ def make(
 def _groups(
     configuration: Configuration, model: nn.Module, trained: Sequence[Tensor], lr: float, rank: int
 ) -> list[dict[str, Any]]:
-    """One group; two of a slowed control, whose decoupled decay is slowed with its step."""
+    """One group; two for a slowed control, which scales decoupled decay with the step."""
     if configuration.slowed is None:
         return [{"params": trained}]
     slowed = set(weights_of(model, configuration.slowed, rank))
@@ -77,7 +81,7 @@ def _groups(
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Every tensor that it holds between steps, projectors that hide in objects included."""
+    """Every tensor of its state, including projectors inside of objects."""
     found: dict[int, Tensor] = {}
 
     def walk(value: Any) -> None:

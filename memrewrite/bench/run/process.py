@@ -1,4 +1,4 @@
-"""The parent's end of a worker: start it, ask it, notice its death."""
+"""The parent's side of a worker: start it, send requests, detect its death."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memrewrite.bench.run.subject import Request
 
 
 class Failed(Exception):
-    """A worker could not do what it was asked; `facts` says at which stage and why."""
+    """A worker failed; `facts` has the stage and the error."""
 
     def __init__(self, facts: dict[str, Any]) -> None:
         super().__init__(f"{facts['stage']}: {facts['message']}")
@@ -27,7 +27,7 @@ class Failed(Exception):
 
 
 class Child:
-    """A worker process. It is killed when the `with` block ends, however that ends."""
+    """A worker process, which is killed when the `with` block ends."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Child:
             stderr=self._stderr,
             env={**os.environ, **environment},
             text=True,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # only the parent handles Ctrl-C
         )
         self._send([configuration.name, dict(vars(asked))])
 
@@ -62,7 +62,7 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """Kill it and what it started. Its caches stay."""
+        """Kill it and its child processes; caches stay."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -74,7 +74,7 @@ class Child:
                     pass
 
     def ask(self, do: str, **facts: Any) -> dict[str, Any]:
-        """One request, answered. Raises Failed for an error, a death or a silence."""
+        """Send a request; returns the answer. Raises Failed for an error, a death or a timeout."""
         self._send({"do": do, **facts})
         line = self._line(do)
         answer: dict[str, Any] = json.loads(line)
@@ -88,7 +88,7 @@ class Child:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it is dead: reading its answer will say so
+            pass  # it is dead, which reading its answer reports
 
     def _line(self, do: str) -> str:
         assert self._process.stdout is not None

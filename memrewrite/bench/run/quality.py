@@ -1,9 +1,9 @@
-"""bench train: what each configuration makes of the same text, from the same start.
+"""bench train: the validation loss of each configuration, from the same weights and text.
 
 Every row is swept over the same learning rates with the first seed, and its best one is
-repeated with the others. A seed fixes initial weights and the order of the data for all rows
-alike, so rows are compared seed by seed. One process a row: it compiles once, and each run
-starts from fresh weights, moments, projectors and vectors.
+repeated with the other seeds. A seed fixes initial weights and the order of the data for all
+rows, so rows are compared seed by seed. Each row has one process: it compiles once, and each run
+starts with new weights, moments, projectors and vectors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from memrewrite.predict import models
 
 @dataclass
 class Settings:
-    """What is trained: `seeds` runs at the best of `lrs`."""
+    """How much to train: a run per learning rate, and `seeds` runs at the best."""
 
     steps: int = 400
     seeds: int = 3
@@ -37,7 +37,7 @@ class Settings:
 
 
 def check(asked: Request) -> None:
-    """Raises ValueError for what is not trained on text, before any process is started."""
+    """Raise ValueError for a model that is not trained on text, before any process starts."""
     if ":" in asked.model:
         raise ValueError(
             f"{asked.model} brings its own inputs, and bench train reads text: give it a "
@@ -57,24 +57,24 @@ def check(asked: Request) -> None:
 
 @dataclass
 class Quality:
-    """A training bench in progress; `tell` and `tick` as for `cost.Cost`."""
+    """A training bench in progress; `show` and `tick` as in `cost.Cost`."""
 
     document: Document
     asked: Request
     configurations: Sequence[Configuration]
     settings: Settings
-    tell: Callable[[str], None]
+    show: Callable[[str], None]
     tick: Callable[[], None]
 
     def expected(self) -> int:
-        """Runs that are still to be made."""
+        """The number of runs that are missing."""
         each = len(self.settings.lrs) + self.settings.seeds - 1
         return sum(each - len(self.document.row(c)["runs"]) for c in self.configurations)
 
     def run(self) -> None:
-        """All that remains. What is done is on disk whatever happens."""
+        """Run all that remains; each result is saved at once."""
         self.document.order(self.configurations)
-        stdlib_ids(self.settings.data, self.asked.vocab or 0)  # tokenised once, before any worker
+        stdlib_ids(self.settings.data, self.asked.vocab or 0)  # tokenise once, before any worker
         with tempfile.TemporaryDirectory(prefix="memrewrite_bench_") as scratch:
             for configuration in self.configurations:
                 row = self.document.row(configuration)
@@ -93,7 +93,7 @@ class Quality:
         logs.mkdir(exist_ok=True)
         log, environment = logs / f"{name}.train.log", {CACHES: str(scratch / name)}
         with Child(configuration, self.asked, log, environment, self.settings.timeout) as child:
-            self.tell(f"{name}: compiling")
+            self.show(f"{name}: compiling")
             first: dict[str, Any] = {"error": None}
             with failing(first):
                 child.ask("start")
@@ -112,7 +112,7 @@ class Quality:
     def _memory(
         self, configuration: Configuration, row: dict[str, Any], log: Path, environment: Any
     ) -> None:
-        self.tell(f"{configuration.name}: memory")
+        self.show(f"{configuration.name}: memory")
         row["failure"] = {"error": None}
         with Child(configuration, self.asked, log, environment, self.settings.timeout) as child:
             with failing(row["failure"]):
@@ -123,7 +123,7 @@ class Quality:
     def _one(self, child: Child, row: dict[str, Any], lr: float, seed: int) -> None:
         if any((run["lr"], run["seed"]) == (lr, seed) for run in row["runs"]):
             return
-        self.tell(f"{row['name']}: lr {lr:g}, seed {seed}")
+        self.show(f"{row['name']}: lr {lr:g}, seed {seed}")
         run: dict[str, Any] = {"lr": lr, "seed": seed, "loss": None, "error": None}
         with failing(run):
             data = str(self.settings.data.resolve())

@@ -1,4 +1,4 @@
-"""What is measured: a real model, its inputs, and the way of training asked for."""
+"""The measured subject: a model and its inputs under one configuration."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ LORA = ("v_proj", "down_proj")  # the sites of VeLoRA's paper
 
 @dataclass(frozen=True)
 class Request:
-    """The model and its inputs, as a command line describes them."""
+    """The model and its inputs, as described by flags."""
 
     model: str
     batch: int = 8
-    seq: int | None = 256  # None of a model that takes images
+    seq: int | None = 256  # None for a model of images
     vocab: int | None = None
     layers: int | None = None
     dtype: str = "fp32"
     device: str = "cpu"
     rank: int = 128
-    refresh: int = 10  # steps between refreshes of a projector: a few steps must meet one
-    dropout: bool = False  # of a model made from a config; one that is called keeps its own
+    refresh: int = 10  # steps between refreshes of a projector: a short bench must include one
+    dropout: bool = False  # of a model from a config; module:function keeps its own
 
     def build(self, seed: int = SEED) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        """(model, args, kwargs), the same ones for the same seed."""
+        """(model, args, kwargs), equal for equal seeds."""
         torch.manual_seed(seed)
         if ":" in self.model:
             model, args, kwargs = models.called(self.model)
@@ -64,7 +64,7 @@ class Subject:
     kwargs: dict[str, Any]
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Of the model's own inputs, or of others. Raises ValueError for what is no loss."""
+        """The loss of the given inputs, or of the model's. Raises ValueError if it is no loss."""
         if not (args or kwargs):
             args, kwargs = self.args, self.kwargs
         out = self.model(*args, **kwargs)
@@ -78,7 +78,7 @@ class Subject:
 
 
 def prepare(configuration: Configuration, asked: Request) -> Subject:
-    """The model of that configuration, ready for its first step."""
+    """The model of a configuration, before its first step."""
     set_torch(configuration.functorch, configuration.inductor)
     model, args, kwargs = asked.build()
     if configuration.lora:
@@ -94,7 +94,7 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
 
 
 def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
-    """The weights that VeLoRA at these sites compresses; of "galore", those GaLore projects."""
+    """The weights that VeLoRA compresses at these sites; for "galore", those it projects."""
     if sites == "galore":
         return [site.weight.parameter for site in sites_of(model, GaLore(rank)).projected]
     found = candidates(model)
@@ -135,12 +135,11 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
 
 
 def _with_lora(model: Any, size: int | None) -> Any:
-    """Adapters of rank 8; with a sub-token size, under PEFT's VeLoRA.
+    """The model with adapters of rank 8; with a sub-token size, PEFT's VeLoRA.
 
-    B is drawn at random: at zero, as in training, the gradient of A would be zero and no
-    error in it could be seen. PEFT takes one number of groups for all layers: each is set
-    up anew with that of its width. Its v is the paper's and memrewrite's: the mean of the
-    first batch, then frozen.
+    B is random: at zero, as in training, the gradient of A would be zero and show no error. PEFT
+    has one number of groups for all layers: here each layer is set up with that of its width.
+    Its v is, as in the paper and in memrewrite, the mean of the first batch, then frozen.
     """
     from peft import LoraConfig, VeloraConfig, get_peft_model
     from peft.tuners.lora.variants import VeloraLinearVariant

@@ -1,7 +1,7 @@
-"""Real text that every machine has: the running Python's standard library, as token ids.
+"""Text that every machine has: the source of Python's standard library, as token ids.
 
 The files are split into train and validation, a byte-level BPE tokenizer is trained on the
-training files, and the ids are kept as .npy files, so that only the first run pays for it.
+training files, and the ids are cached as .npy files.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tokenizers.trainers import BpeTrainer
 
 Ids = NDArray[np.uint16]
 END = "<|endoftext|>"
-VOCABULARIES = range(257, 65_537)  # the 256 bytes and END; what a uint16 holds
+VOCABULARIES = range(257, 65_537)  # from 256 bytes and END, to the range of uint16
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 SPLIT_SEED = 0
 VALIDATION_SHARE = 0.05
-TOKENIZER_CHARACTERS = 3_000_000  # merges learned from more hardly differ, and take longer
+TOKENIZER_CHARACTERS = 3_000_000  # more take longer, and hardly change the merges
 
 
 def stdlib_ids(output: Path, vocabulary: int) -> tuple[Ids, Ids]:
-    """Train and validation ids, each (tokens,), from the cache under `output` if it is there."""
+    """Train and validation ids, uint16 (tokens,) each, cached under `output`."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     folder = output / f"stdlib-{python}-vocab{vocabulary}"
     if not folder.is_dir():
@@ -40,7 +40,7 @@ def stdlib_ids(output: Path, vocabulary: int) -> tuple[Ids, Ids]:
 
 
 def batches(ids: Ids, batch: int, sequence: int, seed: int) -> Iterator[torch.Tensor]:
-    """Without end: windows at random places, the same ones for the same seed."""
+    """Endless batches (B, S) of windows at random places, equal for equal seeds."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(len(ids) - sequence, size=batch)
@@ -51,7 +51,7 @@ def batches(ids: Ids, batch: int, sequence: int, seed: int) -> Iterator[torch.Te
 def _tokenise(folder: Path, vocabulary: int) -> None:
     train, validation = _split(list(_sources()))
     tokenizer = _trained_tokenizer(train, vocabulary)
-    # Renamed only when complete, so that an interrupted run leaves no half a cache.
+    # Renamed only when complete, so that an interrupted run leaves no partial cache.
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(partial / "tokenizer.json"))
@@ -61,7 +61,7 @@ def _tokenise(folder: Path, vocabulary: int) -> None:
 
 
 def _sources() -> Iterator[str]:
-    """The text of each module, in the order of the paths; files that are not UTF-8 are left out."""
+    """The text of each module, in the order of paths, excluding files that are not UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if EXCLUDED.isdisjoint(path.relative_to(root).parts):

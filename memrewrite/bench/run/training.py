@@ -1,4 +1,4 @@
-"""One training run, in the worker of a configuration: from fresh weights to a validation loss."""
+"""One training run in the worker of a configuration: from initial weights to validation loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memrewrite.bench.run.meters import Stopwatch
 from memrewrite.bench.run.subject import Request, Subject
 from memrewrite.bench.run.text import batches, stdlib_ids
 
-# Of the steps: a linear rise of the learning rate, before its cosine. Short runs need a long one:
+# Share of the steps with linear warm-up, before the cosine schedule. Short runs need a long one:
 # with 0.05 the plain model ended 0.3 nats higher.
 WARM_UP = 0.2
 CLIP = 1.0
@@ -36,9 +36,9 @@ def train(
     steps: int,
     data: str,
 ) -> dict[str, Any]:
-    """One run. `loss` is the validation loss in nats per token, None where it is not finite.
+    """The results of one run; `loss` is in nats per token, None if it is not finite.
 
-    optimizer: makes the one that `update` steps. stopwatch: starts one.
+    optimizer: makes the optimizer that `update` steps. stopwatch: makes a running stopwatch.
     """
     model = subject.model
     _start_over(model, asked, seed)
@@ -65,7 +65,7 @@ def train(
 
 
 def _start_over(model: nn.Module, asked: Request, seed: int) -> None:
-    """The weights of that seed, in the tensors that are compiled; no vectors."""
+    """Write the initial weights of a seed into the compiled model, and reset its vectors."""
     fresh, _, _ = asked.build(seed)
     model.load_state_dict(fresh.state_dict())
     try:
@@ -87,7 +87,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
-    """The plain model's, without dropout: every configuration is judged by the same arithmetic."""
+    """Loss of the plain model without dropout: the same arithmetic for every configuration."""
     total = 0.0
     model.eval()
     with torch.no_grad():

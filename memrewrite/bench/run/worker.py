@@ -1,13 +1,13 @@
-"""The child: one configuration in one process, which does what its parent asks, in turn.
+"""The worker: one configuration in one process, which answers requests of its parent.
 
-stdin    a line of JSON a request: {"do": "start", ...}
-stdout   a line of JSON an answer: facts, or {"error": {"stage", "type", "message"}}
+stdin    a line of JSON per request: {"do": "start", ...}
+stdout   a line of JSON per answer: facts, or {"error": {"stage", "type", "message"}}
 
 start    build the model, run the first step, compare its gradients with the reference's
 step     run one step: seconds
 memory   peaks of forward, backward, step and refresh; bytes saved and held
-predict  what memrewrite.estimate says of them
-train    a run from a seed at a learning rate: losses, seconds
+predict  the predictions of memrewrite.estimate for them
+train    a run with a seed and a learning rate: losses, seconds
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 @dataclass
 class Worker:
-    """One configuration, and how far it has come."""
+    """One configuration and its state."""
 
     configuration: Configuration
     asked: Request
@@ -54,13 +54,13 @@ class Worker:
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
-        """What is said to have failed, should it fail."""
+        """Name the stage, for the report of a failure."""
         self.stage = stage
         yield
         self.stage = f"after {stage}"
 
     def start(self, reference: str | None = None, keep: str | None = None) -> dict[str, Any]:
-        """The first step, compilation and refresh included.
+        """Run the first step, including compile and refresh.
 
         reference: a file of gradients to compare with; keep: one to write these to.
         """
@@ -89,13 +89,13 @@ class Worker:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.steps, self.graphs = 1, graphs_compiled()
-        if self.configuration.pushed:  # what runs between refreshes is compiled in the second step
+        if self.configuration.pushed:  # the second step compiles the graph without refresh
             self.step()
         found |= {"first_step_s": seconds + watch.read(), "graphs": self.graphs}
         return found | {"taken": self.meter.taken(), "available": self.meter.available()}
 
     def step(self) -> dict[str, Any]:
-        """One more; `refresh` where a projector was due."""
+        """Run one more step; `refresh` says whether a projector was due."""
         due, watch = self._due(), meters.Stopwatch(self.meter)
         with self.at(f"step {self.steps}"):
             self.subject.loss().backward()  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ class Worker:
         return {"seconds": watch.read(), "refresh": due, "recompiles": recompiles}
 
     def memory(self) -> dict[str, Any]:
-        """Peaks in bytes: physical above the idle process, plus what exactly is held there."""
+        """Peaks in bytes: above the idle process, plus the exact bytes that it holds."""
         with self.at("memory: settling"):
             self.meter.settle()
             self.step()
@@ -151,7 +151,7 @@ class Worker:
         while not self._due():
             self.step()
         with self.at("memory: refresh"):
-            if self.configuration.pushed:  # all of the step is another one
+            if self.configuration.pushed:  # the whole step differs
                 self.meter.reset()
             self.subject.loss().backward()  # type: ignore[no-untyped-call]
             if not self.configuration.pushed:
@@ -159,7 +159,7 @@ class Worker:
             self.update()
 
     def predict(self) -> dict[str, Any]:
-        """The estimate of the same; of torch.compile and memrewrite with no settings of torch."""
+        """The estimate of the same, for torch.compile and memrewrite without torch's settings."""
         plain = self.configuration
         if plain.engine == "eager" or plain.functorch or plain.inductor or plain.lora:
             return {}
@@ -173,7 +173,7 @@ class Worker:
         return {"predicted": {**vars(program), "peak": program.peak}}
 
     def train(self, lr: float, **facts: Any) -> dict[str, Any]:
-        """See `training`; imported here because it needs more packages."""
+        """See `training`, imported here because it needs more packages."""
         from memrewrite.bench.run.training import train
 
         def optimizer() -> Optimizer:
@@ -186,7 +186,7 @@ class Worker:
             return train(self.asked, self.subject, optimizer, self.update, self.stopwatch, **facts)
 
     def stopwatch(self) -> meters.Stopwatch:
-        """Started now."""
+        """A running stopwatch."""
         return meters.Stopwatch(self.meter)
 
     def _due(self) -> bool:
@@ -195,7 +195,7 @@ class Worker:
         return self.configuration.projected and self.steps % self.asked.refresh == 0
 
     def update(self, drop: bool = True) -> None:
-        """The optimizer's step; with `drop`, gradients are let go."""
+        """Run the optimizer's step; drop: free the gradients."""
         self.optimizer.step()
         if drop:
             self.optimizer.zero_grad()
@@ -206,7 +206,7 @@ class Worker:
 
 
 def draws(model: nn.Module) -> bool:
-    """Whether it has dropout."""
+    """Whether a model has active dropout."""
     return any(
         (isinstance(m, DROPOUTS) and m.p > 0) or getattr(m, "attention_dropout", 0)
         for m in model.modules()
@@ -214,10 +214,7 @@ def draws(model: nn.Module) -> bool:
 
 
 def compare(mine: list[Tensor], reference: str) -> dict[str, float | None]:
-    """Cosine and relative error of all gradients, as one vector, in double precision.
-
-    None for gradients that are not finite.
-    """
+    """Cosine and relative error of all gradients, as one float64 vector; None if not finite."""
     theirs: list[Tensor] = torch.load(reference, weights_only=True, mmap=True)
     if [g.shape for g in mine] != [g.shape for g in theirs]:
         raise ValueError("its gradients have other shapes than the reference's")
@@ -234,8 +231,8 @@ def compare(mine: list[Tensor], reference: str) -> dict[str, float | None]:
 
 
 def saved_bytes(subject: Subject) -> int:
-    """What autograd keeps after one forward: unique memory without parameters and buffers."""
-    kept: dict[int, Any] = {}  # holds the storages: a freed one's address could come again
+    """Bytes that autograd saves in one forward, excluding parameters and buffers."""
+    kept: dict[int, Any] = {}  # keeps storages alive, as a freed address could be reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -260,7 +257,7 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until stdin ends. What the model prints goes to stderr."""
+    """Answer requests until stdin ends; the model's output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if Path.cwd().as_posix() not in sys.path:

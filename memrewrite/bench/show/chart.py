@@ -1,4 +1,4 @@
-"""Pictures of a bench, as SVG."""
+"""Charts of a bench, as SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS, EXACT, APPROXIMATE = "#c0392b", "#2c3e50", "#95a5a6"
 
 
 def pareto(rows: Iterable[Row], title: str, path: Path) -> None:
-    """Memory against time, both as ratios to the baseline; the front is a line.
+    """Memory against time, both as ratios to the baseline; the Pareto front is a line.
 
     Filled marks have exact gradients and Adam. Raises ImportError without matplotlib.
     """
@@ -46,7 +46,7 @@ def pareto(rows: Iterable[Row], title: str, path: Path) -> None:
 
 
 def losses(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Validation loss against all bytes that training takes; bars span the seeds.
+    """Validation loss against the memory of training; bars span the seeds.
 
     Raises ImportError without matplotlib.
     """
@@ -87,5 +87,5 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "memrewrite"}):  # the same bytes each time
+    with matplotlib.rc_context({"svg.hashsalt": "memrewrite"}):  # a reproducible file
         figure.savefig(path, metadata={"Date": None})

@@ -1,7 +1,7 @@
-"""bench page: a folder of benches as one Markdown page, with nothing in it but what they say.
+"""bench page: write the results in a folder of benches as one Markdown page, README.md.
 
-Every `bench.json` below the folder is a section; a `notes.md` beside one is printed in it, and
-other Markdown files of the folder are linked. The page is README.md.
+Every `bench.json` below the folder is a section, which includes a `notes.md` of the same folder;
+other Markdown files of the folder are linked.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ HEADLINE = (*SETS["quick"], "galore-torch", "galore", "galore+pushed")
 
 
 def write_page(folder: Path) -> Path:
-    """README.md of `folder`, and a chart in each bench's own.
+    """Write README.md in `folder`, and a chart in the folder of each bench.
 
-    Raises ValueError where no bench is below it, OSError where it cannot be written.
+    Raises ValueError if it has no bench, OSError where it cannot be written.
     """
     benches = {path.parent: load(path) for path in sorted(folder.glob(f"**/{FILE}"))}
     if not benches:
@@ -62,8 +62,8 @@ def _headline(folder: Path, costs: Mapping[Path, Data]) -> str:
         if any(cells):
             lines.append([f"`{name}`", *cells])
     titles = [f"[{_name(folder, at)}](#{_slug(folder, at)})" for at in costs]
-    told = tabulate(lines, ["memory, time", *titles], "github", disable_numparse=True)
-    return f"{told}\n\nMemory of a whole training step and its time, as ratios to `torch.compile`."
+    text = tabulate(lines, ["memory, time", *titles], "github", disable_numparse=True)
+    return f"{text}\n\nMemory of a whole training step and its time, as ratios to `torch.compile`."
 
 
 def _two(rows: Sequence[Data], name: str) -> str:
@@ -87,7 +87,7 @@ def _cost(folder: Path, at: Path, data: Data) -> Iterator[str]:
             "Every exact rival, and the fastest memrewrite configuration with no more memory and "
             "no more time:"
         )
-        yield "\n".join(pareto.told(verdict) for verdict in found)
+        yield "\n".join(pareto.line_of(verdict) for verdict in found)
     names = ", ".join(row["name"] for row in pareto.front(rows))
     yield f"Beaten by none in both memory and time, the fastest first: {names}."
 
@@ -98,7 +98,7 @@ def _training(folder: Path, at: Path, data: Data) -> Iterator[str]:
     yield loss_table(rows, "github", _slug(folder, at))
     yield from _problems(data, rows)
     yield LOSS_LEGEND
-    alike = list(pairs.told(rows))
+    alike = list(pairs.lines_of(rows))
     if alike:
         yield "\n".join(f"- {line}" for line in alike)
     chart.losses(rows, title(data), at / "losses.svg")
@@ -118,18 +118,18 @@ def _conditions(data: Data) -> str:
     machine = where["card"] or f"{where['threads']} threads of {where['cpu'] or 'a CPU'}"
     versions = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers") if k in where)
     date = where["date"].partition("T")[0]
-    told = f"{machine}; {versions}; {date}; GaLore at rank {asked['rank']}."
+    where_and_when = f"{machine}; {versions}; {date}; GaLore at rank {asked['rank']}."
     if asked["kind"] == "train":
-        return f"{asked['steps']} steps; {told}"
+        return f"{asked['steps']} steps; {where_and_when}"
     repeats = max((len(row["runs"]) for row in data["rows"]), default=0)
-    return f"{repeats} fresh process{'es' if repeats > 1 else ''} a configuration; {told}"
+    return f"{repeats} fresh process{'es' if repeats > 1 else ''} a configuration; {where_and_when}"
 
 
 def _problems(data: Data, rows: Sequence[Data]) -> Iterator[str]:
-    told = [*data.get("warnings", ())]
-    told += [line for row in rows for line in problems(dict(row))]
-    if told:
-        yield "\n".join(f"- {line}" for line in told)
+    lines = [*data.get("warnings", ())]
+    lines += [line for row in rows for line in problems(dict(row))]
+    if lines:
+        yield "\n".join(f"- {line}" for line in lines)
 
 
 def _others(folder: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Rows of a training bench that should learn alike: one method, with small or full gradients."""
+"""Rows of a training bench that should have equal losses: one method, small or full gradients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Row = Mapping[str, Any]
 FORM = ("name", "dense", "pushed")  # what may differ within a pair
 
 
-def told(rows: Iterable[Row]) -> Iterator[str]:
-    """One line a pair: how far apart runs with the same learning rate and seed are."""
+def lines_of(rows: Iterable[Row]) -> Iterator[str]:
+    """One line per pair: the largest difference of runs with equal learning rate and seed."""
     known = list(rows)
     for i, one in enumerate(known):
         for other in known[i + 1 :]:
@@ -21,7 +21,7 @@ def told(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _form(row: Row) -> dict[str, Any]:
-    """None and False are one: both say of a part that it is not there."""
+    """The parts of a row that must be equal in a pair; None and False count as equal."""
     return {key: value or None for key, value in row["configuration"].items() if key not in FORM}
 
 

@@ -1,4 +1,4 @@
-"""Who beats whom: less memory and less time, of the rows of one bench."""
+"""The Pareto front of the rows of one bench: less memory and less time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """An exact rival and the row of ours that needs no more memory and no more time.
+    """An exact rival, and the memrewrite rows that need no more memory and no more time.
 
-    best: the fastest such row; None where there is none. exact: the fastest such row whose
-    gradients are exact too.
+    best: the fastest such row, or None. exact: the fastest such row with exact gradients, or None.
     """
 
     rival: Row
@@ -23,7 +22,7 @@ class Verdict:
 
 
 def point(row: Row) -> tuple[float, float] | None:
-    """(time, memory), as ratios to the baseline; None for a row without them."""
+    """(time, memory), as ratios to the baseline, or None."""
     found = row.get("summary", {})
     if "step_ratio" in found and "peak_ratio" in found:
         return found["step_ratio"], found["peak_ratio"]
@@ -31,7 +30,7 @@ def point(row: Row) -> tuple[float, float] | None:
 
 
 def front(rows: Iterable[Row]) -> list[Row]:
-    """The rows that no other one beats, the fastest first."""
+    """The rows that no other one dominates, the fastest first."""
     placed = [(place, row) for row in rows if (place := point(row)) is not None]
     return [
         row
@@ -41,7 +40,7 @@ def front(rows: Iterable[Row]) -> list[Row]:
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """One for each exact row that is not ours, the baseline apart."""
+    """One for each exact row that is not memrewrite's, excluding the baseline."""
     known = list(rows)
     found = []
     for rival in known:
@@ -61,8 +60,8 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     return found
 
 
-def told(verdict: Verdict) -> str:
-    """One line of Markdown."""
+def line_of(verdict: Verdict) -> str:
+    """A verdict as one line of Markdown."""
     line = f"- **{verdict.rival['name']}** {_place(verdict.rival)}: "
     if verdict.best is None:
         return line + "no memrewrite configuration has as little memory in as little time."

@@ -1,4 +1,4 @@
-"""Figures of a row from its runs: medians, what they vary over, ratios to the baseline's."""
+"""Summary of a row's runs: medians, quartiles, ratios to the baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def summarise(rows: Iterable[Row]) -> None:
-    """Write `row["summary"]` for all rows; ratios need the baselines among them."""
+    """Write `row["summary"]` for all rows, which must include the baselines for ratios."""
     known = {row["name"]: row for row in rows}
     for row in known.values():
         row["summary"] = _medians(row["runs"])
@@ -67,23 +67,23 @@ def _ratios(mine: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
 
 
 def problems(row: Row) -> list[str]:
-    """What did not happen, and where."""
+    """Why a row was skipped, and where its runs failed."""
     if row["skipped"]:
         return [f"{row['name']}: skipped: {row['skipped']}"]
-    told = []
+    found = []
     for run in (*row["runs"], row.get("failure", {})):
         if error := run.get("error"):
             what = "out of memory" if error["out_of_memory"] else error["type"]
             first = error["message"].strip().splitlines()[:1]
-            told.append(f"{row['name']}: {what} at {error['stage']}: {''.join(first)[:300]}")
-    return list(dict.fromkeys(told))
+            found.append(f"{row['name']}: {what} at {error['stage']}: {''.join(first)[:300]}")
+    return list(dict.fromkeys(found))
 
 
 # --- training ------------------------------------------------------------------------------
 
 
 def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
-    """Of the first seed's sweep; None where every run of it failed or diverged."""
+    """The best learning rate of the first seed; None if every run failed or diverged."""
     swept = [(run["loss"], run["lr"]) for run in runs if run["seed"] == 0 and run["loss"]]
     return min(swept)[1] if swept else None
 

@@ -21,9 +21,9 @@ the exact ones."""
 
 
 def table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str = "") -> str:
-    """One line a configuration; MB are 10^6 bytes, ratios to the baseline in brackets.
+    """One line per configuration; MB are 10^6 bytes, ratios to the baseline in brackets.
 
-    With `anchors`, a prefix, each name in Markdown is a place that a link can go to.
+    anchors: a prefix; if given, each name gets an HTML anchor.
     """
     header = (
         *("configuration", "memory MB", "predicted", "forward", "backward", "step", "refresh"),
@@ -43,7 +43,7 @@ def table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str
 
 
 def anchor(prefix: str, name: str) -> str:
-    """Where a row is found."""
+    """The name of a row's HTML anchor."""
     return f"{prefix}-{name}".replace("+", "-").replace(".", "-").replace(":", "-").lower()
 
 
@@ -96,10 +96,10 @@ def _number(found: Mapping[str, Any], key: str, how: str) -> str:
 def _mb(found: Mapping[str, Any], key: str, ratio: bool = True) -> str:
     if key not in found:
         return ""
-    told = f"{found[key] / MB:.1f}"
+    text = f"{found[key] / MB:.1f}"
     if ratio and f"{key}_ratio" in found:
-        told += f" ({found[f'{key}_ratio']:.2f})"
-    return told
+        text += f" ({found[f'{key}_ratio']:.2f})"
+    return text
 
 
 LOSS_LEGEND = """\
@@ -112,7 +112,7 @@ training step, as in the cost bench."""
 
 
 def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str = "") -> str:
-    """One line a configuration of a training bench."""
+    """One line per configuration of a training bench."""
     known = list(rows)
     worth = {
         row["configuration"]["frozen"]: (_best_plain(known, row), row["summary"]["delta"])
@@ -131,7 +131,7 @@ def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors
 
 
 def _best_plain(rows: Iterable[Mapping[str, Any]], frozen: Mapping[str, Any]) -> float:
-    """Delta of the best AdamW on the weights that `frozen` leaves alone: at most the baseline's."""
+    """Delta of the best AdamW on the weights that `frozen` freezes: at most the baseline's."""
     sites = frozen["configuration"]["frozen"]
     slowed = (row for row in rows if row["configuration"].get("slowed") == sites)
     deltas: list[float] = [r["summary"]["delta"] for r in slowed if "delta" in r["summary"]]

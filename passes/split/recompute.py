@@ -1,17 +1,17 @@
-"""Spend part of the time that the fold freed on rerunning matmuls in backward.  [exact]
+"""Choose matmul outputs to recompute in backward, within a budget of operations.  (reads only)
 
     before                                    after
-    x --> mm(x, Wt) --> y, kept (N, O)        x --> mm(x, Wt) --> y, not kept
-    backward reads y                          x (rebuilt) --> mm(x, Wt) --> backward reads y
+    x --> mm(x, Wt) --> y, saved (N, O)       x --> mm(x, Wt) --> y, not saved
+    backward reads y                          x (recomputed) --> mm(x, Wt) --> backward reads y
 
-Identity: none is needed; a function of what backward has anyway may be computed there.
-Folding removes 2 N O (D - G) operations per compressed weight, and pushing a projection of rank r
-2 N (O D - r (O + D)) per projected one. Rerunning y = x W^T costs
-2 N O D and frees its N O numbers, so the kept outputs with the shortest inner dimension
-go first, as long as the budget lasts. Only outputs whose operands backward can rebuild
-without another matmul, or has, are chosen. Reads the graph only; the choice is carried
-out by the partitioner. Source: the knapsack of torch's activation_memory_budget, with
-the freed operations as the budget in place of a memory target.
+Identity: none is needed; backward may recompute any function of what is saved.
+The budget is a share of what other passes save: folding saves 2 N O (D - G) operations per
+compressed weight, pushing a projection of rank r 2 N (O D - r (O + D)) per projected weight.
+Recomputing y = x W^T costs 2 N O D operations and frees its N O values, so the saved outputs
+with the shortest inner dimension come first. Only outputs whose operands are saved, or can be
+recomputed without another matmul, are chosen. The partitioner carries the choice out.
+Source: the knapsack of torch's activation_memory_budget, with a budget of operations in place
+of memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from passes.base import aten, storage_of, tensor_bytes
+from passes.base import aten, base_of, tensor_bytes
 from passes.joint.find import WeightGradient
 from passes.split.saved import Kept
 
@@ -31,14 +31,14 @@ MATMULS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default
 
 
 def freed_operations(gradient: WeightGradient, subtoken_size: int) -> Any:
-    """Multiply-adds, times two, that folding this gradient removes."""
+    """Operations (a multiply-add is two) that folding this gradient saves."""
     groups = -(-gradient.features // subtoken_size)
     rows, out = _rows_and_outputs(gradient)
     return 2 * rows * out * (gradient.features - groups)
 
 
 def pushed_operations(gradient: WeightGradient, rank: int) -> Any:
-    """Those that projecting an operand to this rank removes; none where it adds some."""
+    """Operations that pushing a projection of this rank saves; 0 where it would add some."""
     features = gradient.features
     rows, out = _rows_and_outputs(gradient)
     return 2 * rows * max(0, out * features - rank * (out + features))
@@ -50,12 +50,12 @@ def _rows_and_outputs(gradient: WeightGradient) -> tuple[Any, int]:
 
 
 def operations(matmul: Node) -> Any:
-    """Multiply-adds, times two, of one matmul node."""
+    """Operations (a multiply-add is two) of one matmul node."""
     left = matmul.args[MATMULS[matmul.target][0]].meta["val"]  # type: ignore[index,union-attr]
     return 2 * matmul.meta["val"].numel() * left.shape[-1]
 
 
-def choose_reruns(
+def choose_recomputes(
     kept: Kept,
     everything: Iterable[Node],
     budget: float,
@@ -63,10 +63,10 @@ def choose_reruns(
     is_costly: Callable[[Node], bool],
     hint: Callable[[Any], int],
 ) -> list[Node]:
-    """Kept matmul outputs to rerun, cheapest per byte first, within `budget` operations.
+    """Saved matmul outputs to recompute, cheapest per byte first, within `budget` operations.
 
-    A linear is rerun in all layers of its kind or in none: never where the split keeps
-    its output in fewer than half of them.
+    A linear is recomputed in all layers of a kind or in none, and never where its output is
+    saved in fewer than half of them.
     """
     names = {node.name for node in kept.storages}
     chosen: list[Node] = []
@@ -76,7 +76,7 @@ def choose_reruns(
         for node in kept.storages
         if node.target in MATMULS
         and "recompute" not in node.meta
-        and all(_rebuildable(n, names, is_free, is_costly) for n in node.all_input_nodes)
+        and all(_recomputable(n, names, is_free, is_costly) for n in node.all_input_nodes)
     ]
     size = {node: max(hint(tensor_bytes(node)), 1) for node in offers}
     offers.sort(key=lambda n: (hint(operations(n)) / size[n], -size[n]))
@@ -92,10 +92,10 @@ def choose_reruns(
 
 
 def _role(node: Node) -> Hashable:
-    """The same for the same linear of every layer.
+    """Equal for the same linear of every layer.
 
-    Layers are treated alike, all or none: layers that differ share no generated kernels,
-    and compile time would grow with the number of kinds.
+    Layers are treated alike because layers that differ share no generated kernels: compile
+    time would grow with the number of kinds.
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -104,18 +104,18 @@ def _role(node: Node) -> Hashable:
     return re.sub(r"\d+", "*", str(path)), str(node.meta["val"].shape)
 
 
-def _rebuildable(
+def _recomputable(
     node: Node,
     kept: Collection[str],
     is_free: Callable[[Node], bool],
     is_costly: Callable[[Node], bool],
 ) -> bool:
-    """Whether backward can have this value from what it keeps, with no matmul on the way."""
+    """Whether backward can compute this value from saved ones without a matmul."""
     seen: set[Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current in seen or storage_of(current).name in kept or is_free(current):
+        if current in seen or base_of(current).name in kept or is_free(current):
             continue
         seen.add(current)
         if current.op == "placeholder" or is_costly(current) or current.target in MATMULS:
