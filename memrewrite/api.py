@@ -192,7 +192,7 @@ def _engine(kwargs: dict[str, Any]) -> Engine:
     engine = Engine(backend, mode, options, kwargs.get("dynamic"))
     if backend != "inductor" and (options or mode not in (None, "default")):
         dropped = f"options={options!r}" if options else f"mode={mode!r}"
-        warn(f"{dropped} is Inductor's, so backend={backend!r} does without it; leave one out")
+        warn(f"{dropped} is Inductor's, so backend={backend!r} ignores it; leave one out")
     return engine
 
 
@@ -252,7 +252,7 @@ def _check_projection(model: nn.Module, galore: GaLore) -> frozenset[str]:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         warn(
             f"GaLore leaves selected weights on plain Adam: {', '.join(refused[:3])}{more}; "
-            "leave them out of sites to say that this is meant"
+            "exclude them from sites if this is intended"
         )
     if selection.projected:
         return frozenset(site.weight.name for site in selection.projected)

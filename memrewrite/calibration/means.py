@@ -30,15 +30,15 @@ FAILED = "what x needs cannot be run twice"
 SKIPPED = "left out"
 NEEDS_NONE = "init='ones' or 'random' needs no calibration"
 WAITS = (
-    "this batch cannot calibrate {}: the input {}. v is ones / sqrt(M) for now, and is made of a "
-    f"later batch that can be used; memrewrite.report says what still waits. {NEEDS_NONE}"
+    "this batch cannot calibrate {}: the input {}. v is ones / sqrt(M) for now, and is calibrated "
+    f"by a later usable batch; memrewrite.report shows which are not calibrated. {NEEDS_NONE}"
 )
 WORDS = {
     OPPOSITE: "no v for {}: {}, so it is ones / sqrt(M). " + NEEDS_NONE,
     FAILED: "no v for {}: calibration runs what their inputs need once more, without gradients; {}"
     f". v is ones / sqrt(M), and training continues. {NEEDS_NONE}; or leave them out of sites",
-    SKIPPED: "a batch is left out of the running mean of {}: the input {}. v stays what it was; "
-    "further ones are left out silently",
+    SKIPPED: "a batch is left out of the running mean of {}: the input {}. v does not change; "
+    "further ones are skipped silently",
 }
 
 

@@ -23,7 +23,7 @@ R = TypeVar("R", bound=Named)
 
 @dataclass(frozen=True)
 class Fold(Generic[R]):
-    """Rows that one line stands for. In its name and reason, `*` is the index that differs."""
+    """Rows shown as one line. In name and reason, `*` replaces the index that differs."""
 
     name: str
     reason: str
@@ -42,16 +42,16 @@ class Fold(Generic[R]):
 
 
 def unfolded(rows: Sequence[R]) -> list[Fold[R]]:
-    """One line for each row."""
+    """One fold per row."""
     return [Fold(row.name, row.reason, (row,)) for row in rows]
 
 
 def folded(rows: Sequence[R], shown: Callable[[R], Hashable]) -> list[Fold[R]]:
-    """One line for rows that differ in one index of their names only, where the first stood.
+    """Fold rows whose names differ only in one index into one line, in place of the first row.
 
-    `shown` is what must be equal besides: everything else that the line says of each. Names in a
-    reason are folded too, where they are of the same layer. Of several indices in a name
-    (`layers.0.experts.3.up`), the outermost that folds anything is taken.
+    shown: the other columns of a row, which must be equal too. Names of the same layer in a
+    reason are also folded. Of several indices in a name (`layers.0.experts.3.up`), the outermost
+    that folds any rows is taken.
     """
     names = frozenset(row.name for row in rows)
     lines: dict[int, Fold[R]] = {}  # by the place of their first row
@@ -73,7 +73,7 @@ def folded(rows: Sequence[R], shown: Callable[[R], Hashable]) -> list[Fold[R]]:
 
 
 def _indices(name: str) -> list[int]:
-    """Where a dotted name has a number."""
+    """Positions of the numbers in a dotted name."""
     return [i for i, part in enumerate(name.split(".")) if part.isdecimal()]
 
 

@@ -71,7 +71,7 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
         status += f" ({after / before:.2f} x)"
     full, held = sum(r.gradient_before for r in rows), sum(r.gradient_after for r in rows)
     if held < full:
-        status += f"\ngradients: {full:,} bytes in full, {held:,} as they are held"
+        status += f"\ngradients: {full:,} bytes in full, {held:,} as stored"
     failures = sum(row.failed_refreshes for row in rows)
     if failures:
         status += f"; {failures} refreshes of a projector failed and kept the old one"
@@ -194,7 +194,7 @@ def _why_plain(parameter: Tensor) -> str:
 
 
 def folded_optimizer(rows: Sequence[OptimizerRow]) -> list[Fold[OptimizerRow]]:
-    """Equal layers as one line. Energies differ from layer to layer and do not count."""
+    """Rows with equal layers folded; equality ignores energies, which differ by layer."""
     return folded(rows, _shown)
 
 
@@ -204,7 +204,7 @@ def _shown(row: OptimizerRow) -> tuple[Any, ...]:
 
 
 def table(folds: list[Fold[OptimizerRow]]) -> str:
-    """The rows as text; parameters of fewer than two dimensions in one line."""
+    """The rows as a table; one row for all parameters of fewer than two dimensions."""
     header = [
         *("parameter", "shape", "decision", "side", "rank", "gradient before", "after"),
         *("state before", "after"),

@@ -93,7 +93,7 @@ def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str
     if entry.outcome == "kept":
         return f"x kept alive by {by}: frees no bytes{gain}"
     if entry.outcome == "recomputed":
-        return f"x rebuilt in backward, so nothing is kept{gain}"
+        return f"x recomputed in backward, so nothing is saved{gain}"
     if method.name in entry.small_bytes:
         return f"{method.kept} saved in place of x"
     return f"{_small(session, entry)} of the weights that share it saved in place of x"
@@ -104,7 +104,7 @@ def _of_exact(session: Session, entry: InputRecord) -> str:
     if entry.outcome == "kept":
         return "x kept"
     if entry.outcome == "recomputed":
-        return "x rebuilt exactly in backward"
+        return "x recomputed exactly in backward"
     shared = " for the weights that share it" if entry.compressed else ""
     return f"x replaced by {_small(session, entry)}{shared}"
 

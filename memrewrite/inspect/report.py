@@ -44,9 +44,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Printable as a table; `to_dict()` is the same as plain data, with every weight.
+    """Printable as a table; `to_dict()` returns every weight as plain data.
 
-    `str(report)` has one row for layers that are equal (`layers.*.mlp.down_proj x 8`, bytes
+    `str(report)` has one row for equal layers (`layers.*.mlp.down_proj x 8`, bytes
     summed), `full()` one for every weight.
     """
 
@@ -79,7 +79,7 @@ class Report:
     def _text(self, sites: list[Fold[Row]], optimizer: list[Fold[OptimizerRow]]) -> str:
         header = ("weight", "shape", "decision", "bytes before", "bytes after", "reason")
         rows = [_line(fold) for fold in sites]
-        # "0.10" is a name, and no number
+        # "0.10" is a name, not a number
         numbers: Any = [0] if rows else False
         text = tabulate(rows, header, tablefmt="simple", intfmt=",", disable_numparse=numbers)
         text += f"\n\n{self.status}"
@@ -90,7 +90,7 @@ class Report:
 
 
 def _shown(row: Row) -> tuple[Any, ...]:
-    """What a line says of a row besides its name and reason."""
+    """The columns of a row other than name and reason."""
     return row.shape, row.decision, row.bytes_before, row.bytes_after
 
 
@@ -236,14 +236,14 @@ def _state_totals(rows: tuple[OptimizerRow, ...]) -> dict[str, int]:
 def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
     before, after = totals["saved_bytes_before"], totals["saved_bytes_after"]
     line = (
-        f"saved for backward, parameters apart: {before:,} bytes by torch.compile's default, "
+        f"saved for backward, excluding parameters: {before:,} bytes by torch.compile's default, "
         f"{after:,} by memrewrite"
     )
     if before:
         line += f" ({after / before:.2f} x)"
     if totals["absent_bytes"]:
         line += (
-            f"\ngradients that a loss does not give its other outputs are not filled in: "
+            f"\nundefined gradients of outputs other than the loss are not materialized: "
             f"{totals['absent_bytes']:,} bytes of zeros"
         )
     failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]

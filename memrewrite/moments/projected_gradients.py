@@ -58,7 +58,7 @@ def receive(
         warn_once(
             "sketch",
             "an optimizer with projected state meets gradients that were sketched for a new "
-            "projector: it was loaded after the forward of this step. This one step goes by an "
+            "projector: it was loaded after the forward of this step. This one step uses an "
             "approximation of the gradients; load the optimizer before the first forward",
         )
     return sketch.coordinates(small, basis, state["projector"], kind.left), failure

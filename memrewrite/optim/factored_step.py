@@ -110,7 +110,7 @@ def _start_anew(parameter: nn.Parameter, state: dict[str, Any], attachment: Atta
     turn(state, parameter)
     attachment.warn_once(
         "restart",
-        f"the Adam moments of a compressed weight {tuple(parameter.shape)} start anew: its v "
+        f"the Adam moments of a compressed weight {tuple(parameter.shape)} are reset: its v "
         "was ones until this batch, the first that could calibrate it",
     )
 
@@ -128,7 +128,7 @@ def _follow(parameter: nn.Parameter, v: torch.Tensor, attachment: Attachment) ->
         "loaded",
         f"an optimizer's state was loaded after the forward of this step: the moments of a "
         f"compressed weight {tuple(parameter.shape)} are along another v than its gradient. The "
-        "v of the moments is kept, and this one step goes by an approximation of the gradient; "
+        "v of the moments is kept, and this one step uses an approximate gradient; "
         "load the optimizer before the first forward",
     )
 

@@ -110,7 +110,7 @@ class Replica:
             weights = self.averager.weights
             raise UnsupportedError(
                 f"{reason}; it was set up after the first forward, when the gradients of "
-                f"{len(weights)} weights already came small (for one, {weights[0][0]} "
+                f"{len(weights)} weights were already small (for one, {weights[0][0]} "
                 f"{tuple(weights[0][1].shape)}): set it up before, or pass gradients='dense' "
                 "to memrewrite.VeLoRA and GaLore"
             )

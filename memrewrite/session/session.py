@@ -129,7 +129,7 @@ class Session:
             warn(
                 f"the gradients and Adam state of {type(self.model()).__name__} stay full-size: "
                 f"{reason}. The step is the same; gradients='dense' in memrewrite.VeLoRA and "
-                "GaLore says that this is meant"
+                "GaLore silences this warning"
             )
         self.setting.full = reason
         for graph in self.graphs:  # already compiled

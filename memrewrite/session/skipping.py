@@ -124,7 +124,7 @@ def _at_the_limit(codes: list[CodeType]) -> Cause | None:
         if entries >= limit:
             reason = (
                 f"Dynamo's limit is reached (torch._dynamo.config.{name} = {limit}): the model has "
-                f"been compiled for {entries} kinds of input, and others run as they are"
+                f"been compiled for {entries} kinds of input, and others run eagerly"
             )
             remedy = (
                 "pass dynamic=None (or True) where the inputs differ in size, pad them to fewer "
