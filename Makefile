@@ -23,7 +23,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python $(PYTEST)
 
-# Two minutes: all that needs neither generated code nor a large model.
+# Two minutes on two cores: every room, without generated code and large models.
 quick: $(STAMP)
 	$(BIN)/python $(PYTEST) -m 'not inductor and not slow'
 

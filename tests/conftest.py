@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="memrewrite-test
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+from memrewrite.session.session import _sessions
 
 settings.register_profile(
     "dev",
@@ -26,8 +29,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 torch.set_num_threads(1)  # the suite runs in two processes on two cores
 
 
+def pytest_collection_finish() -> None:
+    _settle(0)
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
+    before = len(_sessions)
     yield
     torch._dynamo.reset()
+    if len(_sessions) > before:  # a model left behind would be asked after at others' steps
+        _settle(before)
+
+
+def _settle(models: int) -> None:
+    """What is alive by now stays (modules, caches): no later collection looks at it again."""
+    gc.collect()
+    if len(_sessions) <= models:
+        gc.freeze()

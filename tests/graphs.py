@@ -1,4 +1,4 @@
-"""The one builder of joint graphs, and what the tests do with them."""
+"""Builders of graphs, joint ones and any others, and what the tests do with them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from passes.base import aten, call
 
 
 def joint_graph(
@@ -80,3 +82,37 @@ def show(gm: GraphModule) -> str:
             target = str(node.target).removeprefix("aten.")
             lines.append(f"{node.name}: {shape} = {target}({operands})")
     return "\n".join(lines)
+
+
+class Builder:
+    """A graph under construction, with values."""
+
+    def __init__(self) -> None:
+        self.graph, self.mode, self.count = Graph(), FakeTensorMode(), 0
+
+    def place(self, name: str, *shape: int) -> Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = self.mode.from_tensor(torch.empty(*shape))
+        node.meta["argument"] = self.count
+        self.count += 1
+        return node
+
+    def op(self, target: Any, *args: Any) -> Node:
+        return call(next(a for a in args if isinstance(a, Node)), target, *args)
+
+    def returns(self, *nodes: Node) -> Graph:
+        self.graph.output(tuple(nodes))
+        self.graph.lint()
+        return self.graph
+
+
+def forward() -> tuple[Graph, dict[str, Node]]:
+    """One linear over tanh, and what it hands over: outputs (y, h, a view of h, W^T, x, y)."""
+    b = Builder()
+    w, x = b.place("w", 6, 8), b.place("x", 5, 8)
+    h = b.op(aten.tanh.default, x)
+    wt = b.op(aten.t.default, w)
+    y = b.op(aten.mm.default, h, wt)
+    view = b.op(aten.view.default, h, [40])
+    graph = b.returns(y, h, view, wt, x, y)
+    return graph, {"w": w, "x": x, "h": h, "wt": wt, "y": y, "view": view}

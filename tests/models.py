@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import oracle
@@ -156,3 +156,29 @@ def count_saved(model: nn.Module, run: Run, besides: tuple[Tensor, ...] = ()) ->
         loss = run(model)
     del loss
     return sum(sizes.values())
+
+
+def hooked(run: Callable[[], Any], without: Collection[int] = ()) -> int:
+    """Bytes of distinct memories that autograd packs, but for those at these addresses."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(size for address, size in sizes.items() if address not in without)
+
+
+class Wrapped(nn.Module):
+    """A model and its loss as one module without arguments."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self) -> Tensor:
+        return self.run(self.model)

@@ -79,7 +79,7 @@ class NoLinear(nn.Module):
 def test_compile_refuses_and_leaves_the_model_as_it_was(
     arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    model = Stack()
+    model = Stack(1)
     with pytest.raises(error, match=words):
         memrewrite.compile(model, **arguments)
     assert model._compiled_call_impl is None
@@ -101,12 +101,12 @@ def test_a_model_without_linears_and_things_that_are_no_model() -> None:
 
 def test_a_model_that_is_already_compiled() -> None:
     with pytest.raises(TypeError, match="_orig_mod"):
-        memrewrite.compile(torch.compile(Stack()))
-    inner = Stack()
+        memrewrite.compile(torch.compile(Stack(1)))
+    inner = Stack(1)
     inner.blocks[0].compile()
     with pytest.raises(TypeError, match=r"submodule 'blocks.0'"):
         memrewrite.compile(inner)
-    model = Stack()
+    model = Stack(1)
     model.compile()
     with pytest.raises(TypeError, match=r"nn\.Module\.compile"):
         memrewrite.compile(model)
@@ -122,7 +122,7 @@ def test_a_restored_model_trains_eagerly_without_a_word() -> None:
 
 
 def test_compiling_twice() -> None:
-    model = Stack()
+    model = Stack(1)
     assert memrewrite.compile(model, velora=True, backend="aot_eager") is model
     assert memrewrite.compile(model, velora=VeLoRA(), backend="aot_eager") is model
     loss_of(torch.randn(4, 32))(model).backward()
@@ -135,7 +135,7 @@ def test_compiling_twice() -> None:
 
 
 def test_restore_undoes_compile() -> None:
-    model = Stack()
+    model = Stack(1)
     assert model._compiled_call_impl is None
     memrewrite.compile(model, velora=True, backend="aot_eager")
     memrewrite.restore(model)
@@ -145,7 +145,7 @@ def test_restore_undoes_compile() -> None:
 
 
 def test_the_same_module_comes_back() -> None:
-    model = Stack()
+    model = Stack(1)
     keys = list(model.state_dict())
     seen = []
     memrewrite.compile(model, velora=True, backend="aot_eager")
@@ -156,7 +156,7 @@ def test_the_same_module_comes_back() -> None:
 
 
 def test_a_deepcopy_is_an_eager_model_that_can_be_compiled() -> None:
-    model, x = Stack(), torch.randn(4, 32)
+    model, x = Stack(1), torch.randn(4, 32)
     memrewrite.compile(model, velora=True, backend="aot_eager")
     loss_of(x)(model).backward()
     twin = copy.deepcopy(model)
@@ -170,7 +170,7 @@ def test_a_deepcopy_is_an_eager_model_that_can_be_compiled() -> None:
 
 
 def test_nothing_selected_is_trained() -> None:
-    model = Stack().requires_grad_(False)
+    model = Stack(1).requires_grad_(False)
     with pytest.warns(memrewrite.MemrewriteWarning, match="compresses nothing.*not trained"):
         memrewrite.compile(model, velora=True)
 
@@ -186,7 +186,7 @@ def test_a_single_small_layer_stays_exact() -> None:
 
 
 def test_an_outer_compile_that_takes_over_is_noticed() -> None:
-    model = memrewrite.compile(Stack(), velora=True, backend="aot_eager")
+    model = memrewrite.compile(Stack(1), velora=True, backend="aot_eager")
     outer = torch.compile(lambda x: model(x).square().mean(), backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     outer(torch.randn(4, 32)).backward()
@@ -198,13 +198,13 @@ def test_an_outer_compile_that_takes_over_is_noticed() -> None:
 
 
 def test_a_wrapper_by_torch_compile_leaves_the_passes_in_place() -> None:
-    model = memrewrite.compile(Stack(), velora=True, backend="aot_eager")
+    model = memrewrite.compile(Stack(1), velora=True, backend="aot_eager")
     loss_of(torch.randn(4, 32))(torch.compile(model, backend="eager")).backward()
     assert any(r.decision == "compressed" for r in memrewrite.report(model).sites)
 
 
 def test_a_model_that_trains_with_us_is_not_complained_about() -> None:
-    model = memrewrite.compile(Stack(), velora=True, backend="aot_eager")
+    model = memrewrite.compile(Stack(1), velora=True, backend="aot_eager")
     bystander = nn.Linear(3, 3)
     other = torch.optim.SGD(bystander.parameters(), lr=0.1)
     bystander(torch.randn(2, 3)).sum().backward()

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
+from places import ROOT
 
 from memrewrite.methods.request import deciding_files
 
-ROOT = Path(__file__).parent.parent
 PRIVATE = ("torch._dynamo", "torch._functorch", "torch._inductor")
 COMMON = {"errors", "version"}  # what any room may import
 
@@ -208,6 +208,7 @@ def test_the_cache_key_knows_every_file_that_decides_a_graph() -> None:
     assert len(seen) > 40
 
 
+@pytest.mark.slow
 def test_importing_loads_no_code_generator_and_no_cuda() -> None:
     code = (
         "import sys, memrewrite, torch;"
@@ -216,3 +217,12 @@ def test_importing_loads_no_code_generator_and_no_cuda() -> None:
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_room_has_its_tests() -> None:
+    """A folder of tests for each room, and every test in one of them or of the whole."""
+    tests = ROOT / "tests"
+    rooms = {p.parent.relative_to(ROOT / "memrewrite") for p in sources("memrewrite")}
+    rooms |= {p.parent.relative_to(ROOT) for p in sources("passes")}
+    tested = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert tested == rooms - {Path("passes")}, rooms ^ tested

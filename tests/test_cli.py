@@ -36,7 +36,7 @@ def test_sites_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert selected == {"model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"}
 
 
-SMALL = ["llama-60m", "--layers", "2", "--vocab", "64", "--batch", "2", "--seq", "16"]
+SMALL = ["llama-60m", "--layers", "1", "--vocab", "64", "--batch", "2", "--seq", "16"]
 
 
 def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,13 +59,15 @@ def test_the_largest_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None
     assert any(line.split()[0] == "peak" for line in rest if line.split())
 
 
+@pytest.mark.slow
 def test_report_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", *SMALL, "--velora", "--full"]) == 0
+    deep = [*SMALL, "--layers", "2"]
+    assert main(["report", *deep, "--velora", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines if line.startswith("model.")}
     assert " compressed " in rows["model.layers.1.mlp.down_proj"]
     assert " exact " in rows["model.layers.1.mlp.up_proj"]
-    assert main(["report", *SMALL, "--velora"]) == 0
+    assert main(["report", *deep, "--velora"]) == 0
     assert "\nmodel.layers.*.mlp.down_proj x 2 " in capsys.readouterr().out
 
 

@@ -22,6 +22,7 @@ from models import (
     relative_errors,
     vectors_of,
 )
+from quick import only
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,7 +67,7 @@ class Mixed(nn.Module):
         return x
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     widths=st.lists(st.integers(5, 24), min_size=2, max_size=4),
     lead=st.lists(st.integers(2, 4), min_size=1, max_size=3),
@@ -90,9 +91,9 @@ def test_gradients_are_the_oracles(
     check_against_oracle(model, loss_of(x), velora, 1e-10, backend="aot_eager")
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(
-    depth=st.integers(1, 3),
+    depth=st.integers(1, 2),
     features=st.integers(9, 40),
     hidden=st.integers(9, 64),
     lead=st.lists(st.integers(2, 5), min_size=1, max_size=2),
@@ -143,7 +144,7 @@ def test_z_has_the_predicted_size_in_the_graph_and_in_memory() -> None:
 
 
 def test_without_velora_gradients_are_torch_compiles() -> None:
-    model, x = Stack().double(), data(4, 5, 32)
+    model, x = Stack(1).double(), data(4, 5, 32)
     plain = copy.deepcopy(model)
     plain.compile(backend="aot_eager")
     loss_of(x)(plain).backward()
@@ -159,7 +160,7 @@ def test_without_velora_gradients_are_torch_compiles() -> None:
 
 
 def test_dynamic_shapes_compile_once_and_follow_the_oracle() -> None:
-    model = Stack().double()
+    model = Stack(1).double()
     reference = copy.deepcopy(model)
     compiled(model, dynamic=True)
     loss_of(data(4, 5, 32))(model).backward()
@@ -176,9 +177,9 @@ def test_dynamic_shapes_compile_once_and_follow_the_oracle() -> None:
     assert "s" in memrewrite.report(model).totals["formula_after"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", only([torch.bfloat16, torch.float16], torch.bfloat16), ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
-    model, x = Stack(), torch.randn(4, 5, 32)
+    model, x = Stack(1), torch.randn(4, 5, 32)
 
     def run(model: nn.Module) -> Tensor:
         with torch.autocast("cpu", dtype):
@@ -189,7 +190,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     run(model).backward()
     report = memrewrite.report(model)
     assert {r.decision for r in report.sites} == {"compressed"}
-    reference = Stack()
+    reference = Stack(1)
     reference.load_state_dict(model.state_dict())
     import oracle
     from models import vectors
@@ -202,7 +203,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def test_two_forwards_before_one_backward_and_accumulation() -> None:
-    model, xs = Stack().double(), [data(4, 32), data(4, 32)]
+    model, xs = Stack(1).double(), [data(4, 32), data(4, 32)]
     reference = copy.deepcopy(model)
     compiled(model)
     first, second = (loss_of(x)(model) for x in xs)
@@ -222,7 +223,7 @@ def test_two_forwards_before_one_backward_and_accumulation() -> None:
 
 
 def test_train_eval_no_grad_and_inference() -> None:
-    model, x = Stack().double(), data(4, 32)
+    model, x = Stack(1).double(), data(4, 32)
     expected = model(x)
     compiled(model)
     with torch.no_grad():
@@ -313,6 +314,7 @@ def test_graph_breaks_and_layers_that_share_one_graph() -> None:
     assert [len(g.bindings) for g in session_of(model).graphs] == [1, 2]
 
 
+@pytest.mark.slow
 def test_layers_of_one_graph_that_are_selected_differently() -> None:
     velora = VeLoRA(subtoken_size=8, sites=["blocks.1.*"])
     report = check_against_oracle(
@@ -322,8 +324,10 @@ def test_layers_of_one_graph_that_are_selected_differently() -> None:
     assert compressed == {f"blocks.1.{n}_proj" for n in ("gate", "up", "down")}
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_several_models_in_one_process() -> None:
-    models = [Stack().double() for _ in range(10)]  # more than Dynamo's recompile limit
+    """More than Dynamo compiles of one function."""
+    models = [Stack(1).double() for _ in range(3)]
     x = data(4, 32)
     for model in models:
         compiled(model)
@@ -432,7 +436,7 @@ def test_a_failing_rewrite_keeps_the_exact_gradient_and_says_so(
     from memrewrite.compiler import backend
 
     monkeypatch.setattr(backend, "passes_for", lambda *_: [Pass("planted", explode, False)])
-    model, x = Stack().double(), data(4, 32)
+    model, x = Stack(1).double(), data(4, 32)
     plain = copy.deepcopy(model)
     compiled(model)
     with pytest.warns(memrewrite.MemrewriteWarning, match="planted"):

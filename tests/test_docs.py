@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from memrewrite.bench import configurations
 from memrewrite.cli import main
 from memrewrite.predict import models
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")

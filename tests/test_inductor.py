@@ -25,6 +25,7 @@ from models import (
     vectors,
     vectors_of,
 )
+from places import ROOT, TESTS
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.profiler import ProfilerActivity, profile
@@ -143,11 +144,10 @@ print(json.dumps([hits, memrewrite.report(model).to_dict(), gradient]))
 
 
 def run_script(cache: Path) -> list[Any]:
-    tests = Path(__file__).parent
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    environment["PYTHONPATH"] = str(tests.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tests=str(tests))],
+        [sys.executable, "-c", SCRIPT.format(tests=str(TESTS))],
         env=environment,
         capture_output=True,
         text=True,

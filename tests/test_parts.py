@@ -47,7 +47,7 @@ def test_the_report_gathers_the_parts() -> None:
 
 
 def test_names_of_rows_are_no_numbers() -> None:
-    text = memrewrite.report(trained(blocks(11))).full()
+    text = memrewrite.report(blocks(11)).full()
     assert "\n10.0 " in text and "\n0.0 " in text
 
 
@@ -165,6 +165,7 @@ def test_frozen_quantised_weights_are_not_warned_of() -> None:
         memrewrite.compile(model, backend="aot_eager", galore=GaLore(4, sites="all"))
 
 
+@pytest.mark.slow
 def test_dora_op_by_op() -> None:
     """Inductor's eye of more than 255 rows counts in uint16."""
     import peft

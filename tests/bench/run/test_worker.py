@@ -1,0 +1,104 @@
+"""The parts of a measurement, without processes: rates, resets, draws, room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import memrewrite
+from memrewrite.bench.configurations import parse
+from memrewrite.bench.run import training
+from memrewrite.bench.run.cost import Cost, Settings
+from memrewrite.bench.run.process import Failed
+from memrewrite.bench.run.subject import Request
+from memrewrite.bench.run.worker import compare, draws
+from memrewrite.predict.models import from_config
+
+
+def test_the_rate_rises_then_falls() -> None:
+    values = [training._schedule(step, 100) for step in range(100)]
+    assert values[:5] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+    assert values[19] == values[20] == 1.0 == max(values)
+    assert values == [*sorted(values[:20]), *sorted(values[20:], reverse=True)]
+    assert 0 < values[-1] < 1e-3
+
+
+def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked:
+        @staticmethod
+        def build(seed: int) -> Any:
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(32, 32, bias=False)), (), {}
+
+    model, _, _ = Asked.build(0)
+    velora = memrewrite.VeLoRA(subtoken_size=8, sites="all")
+    memrewrite.compile(model, velora=velora, backend="aot_eager")
+    model(torch.randn(4, 32)).sum().backward()
+    before = memrewrite.state_dict(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    training._start_over(model, Asked(), 0)  # type: ignore[arg-type]
+    assert torch.equal(model[0].weight, Asked.build(0)[0][0].weight)
+    x = torch.randn(4, 32) + 1
+    model(x).sum().backward()
+    (v,) = memrewrite.state_dict(model).values()
+    mean = x.view(-1, 8).sum(0)
+    torch.testing.assert_close(v, mean / mean.norm())
+    assert not torch.equal(v, *before.values())
+
+
+def test_validation_draws_no_dropout() -> None:
+    asked = Request("gpt2-small", batch=2, seq=16, vocab=300, layers=1, dropout=True)
+    model, _, _ = asked.build()
+    held_out = np.arange(100, dtype=np.uint16)
+    one, other = (training._validation(model.train(), held_out, asked) for _ in range(2))
+    assert one == other and model.training
+
+
+def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:
+    path = tmp_path / "reference"
+    torch.save([torch.tensor([3.0]), torch.tensor([4.0])], path)
+    found = compare([torch.tensor([3.0]), torch.tensor([0.0])], str(path))
+    assert found == {"cosine": pytest.approx(0.6), "relative_error": pytest.approx(0.8)}
+    with pytest.raises(ValueError, match="other shapes"):
+        compare([torch.tensor([3.0])], str(path))
+
+
+def test_gradients_of_two_draws_are_not_compared() -> None:
+
+    kept, off = (from_config("gpt2-small", layers=1, dropout=on) for on in (True, False))
+    assert draws(kept) and not draws(off)
+    assert not draws(from_config("vit-small", layers=1))
+
+
+def test_what_fails_makes_room_and_what_fits_is_started() -> None:
+    class Worker:
+        configuration, closed = parse("eager"), False
+
+        def __init__(self, **answer: int) -> None:
+            self.answer = answer
+
+        def ask(self, do: str, **facts: Any) -> dict[str, int]:
+            if not self.answer:
+                raise Failed({"stage": do, "message": "planted"})
+            return dict(self.answer)
+
+        def close(self) -> None:
+            self.closed = True
+
+    def start(child: Any) -> bool:
+        return bench._start(child, {"error": None})
+
+    said = (lambda text: None), (lambda: None)
+    bench = Cost(None, Request("eager"), [], Settings(), *said)  # type: ignore[arg-type]
+    bench.scratch = Path("nowhere")
+    bench._cache = lambda configuration: Path()  # type: ignore[method-assign]
+    fits, fills, fails = Worker(taken=10, available=21), Worker(taken=11, available=21), Worker()
+    assert bench._room() and start(fits) and bench._room()
+    assert start(fills) and not bench._room()
+    assert not start(fails) and fails.closed and not (fits.closed or fills.closed)

@@ -1,0 +1,43 @@
+"""The bench from the shell: bad requests are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memrewrite.cli import main
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama-9t"], "neither a file nor one of"),
+        (["--configurations", "magic"], "no part of a configuration"),
+        (["--batch", "0"], "--batch 0 is not positive"),
+        (["--device", "cuda:63"], "--device cuda:63 is not here"),
+        (["--device", "meta"], "cpu and cuda only"),
+        (["--output", "/dev/null/here"], "/dev/null/here"),
+        (["train", "--lrs", "fast"], "write numbers"),
+        (["train", "--lrs", "-1"], "positive"),
+        (["train", "some:model"], "brings its own inputs"),
+        (["train", "vit-small"], "no language model"),
+        (["train", "--vocab", "99"], "from 257 to 65,536"),
+        (["page", "/nowhere"], r"no bench.json below"),
+    ],
+)
+def test_bad_requests(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words if {"--output", "page"} & {*words} else [*words, "--output", str(tmp_path)]
+    assert main(["bench", *given]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("memrewrite bench: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps({"request": {}, "rows": []}))
+    assert main(["bench", "--output", str(tmp_path)]) == 2
+    assert "has results already" in capsys.readouterr().err
