@@ -207,7 +207,7 @@ def test_a_form_is_registered_by_name_once() -> None:
     try:
         with pytest.raises(ValueError, match="is registered already"):
             memrewrite.register("bf16-of-a-test", BF16)
-        model = memrewrite.compile(Stack(), moments="bf16-of-a-test", backend="aot_eager")
+        model = memrewrite.compile(Stack(1), moments="bf16-of-a-test", backend="aot_eager")
         assert session_of(model).moments == BF16()
     finally:
         del MOMENTS["bf16-of-a-test"]
