@@ -15,6 +15,7 @@ from memrewrite.methods.method import Task
 from memrewrite.record.decision import GraphRecord, InputRecord, KeptRecord
 from passes.base import base_of, stands_for, storage_root, tensor_bytes
 from passes.joint.absent import absent_gradients
+from passes.joint.compress import value_of
 from passes.joint.find import WeightGradient
 from passes.provenance import module_of, operation_of
 from passes.split.saved import Kept, readers
@@ -34,7 +35,7 @@ def inputs_of(groups: Groups, tasks: Sequence[Task]) -> list[InputRecord]:
             mine = sorted({g.weight for g in group if g.weight in asked})
             if not mine or not task.method.compresses:
                 continue
-            reason = task.method.declines(group[0].operand.meta["val"])
+            reason = task.method.declines(value_of(group[0]))
             if reason is None:
                 compressed[task.method.name] = mine
             else:

@@ -241,14 +241,17 @@ def _complain_of_unserved() -> None:
     """Warn of a session that no optimizer serves: it updates a copy's or a wrapper's parameters."""
     for session in live_sessions():
         model = session.model()
-        if session.galore is None or session.unserved_steps > membership.PATIENCE or model is None:
+        asked = session.galore is not None or session.moments is not None
+        if not asked or session.unserved_steps > membership.PATIENCE or model is None:
             continue
         if not session.calls.called or all(p.grad is None for p in model.parameters()):
             continue  # it is not being trained
         session.unserved_steps += 1
         if session.unserved_steps == membership.PATIENCE:
             warn(
-                f"{membership.PATIENCE} optimizer steps after galore_rank was asked for a model, "
-                "no optimizer has stepped its parameters, so no state is projected: build the "
+                f"{membership.PATIENCE} optimizer steps after "
+                f"{'galore_rank' if session.galore else 'moments='} was asked for a model, "
+                "no optimizer has stepped its parameters, so no state is "
+                f"{'projected' if session.galore else 'stored in that format'}: build the "
                 "optimizer over the parameters of the compiled model itself"
             )

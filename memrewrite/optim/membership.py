@@ -14,7 +14,7 @@ from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Vector
 from memrewrite.methods.vectors import Vectors
 from memrewrite.methods.velora import SubTokens, wide
-from memrewrite.moments.optimizers import row_of
+from memrewrite.moments.optimizers import ADAM, row_of
 from memrewrite.moments.projected import Target, check_state, check_target
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
@@ -64,7 +64,13 @@ def attached(optimizer: Optimizer) -> Attachment:
         for session in sessions:
             warn_of_sums(session)
     if attachment.targets:
-        _check_optimizer(optimizer, next(iter(attachment.targets.values())).name)
+        name = next(iter(attachment.targets.values())).name
+        _check_optimizer(optimizer, f"GaLore is to update {name}", "galore_rank")
+    elif attachment.stored:
+        parameter, session = next(iter(attachment.stored.items()))
+        assert session.moments is not None
+        what = f"{session.moments.name!r} is to store the moments of a weight"
+        _check_optimizer(optimizer, f"{what} {tuple(parameter.shape)}", "moments=")
     if steps_as_known(optimizer):
         _check_members(optimizer, attachment)
     return attachment
@@ -121,13 +127,14 @@ def _stored(
 ) -> dict[Tensor, Session]:
     """Weights whose moments are in a storage format, excluding those of other methods."""
     ours = {p for p in left if p not in attachment.targets}
-    return {
-        parameter: session
-        for session in sessions
-        if session.moments is not None and (model := session.model()) is not None
-        for parameter in model.parameters()
-        if parameter in ours and session.moments.declines(parameter) is None
-    }
+    found: dict[Tensor, Session] = {}
+    for session in (s for s in sessions if s.moments is not None):
+        model, form = session.model(), session.moments
+        mine = [p for p in model.parameters() if p in ours] if model is not None else []
+        found |= {p: session for p in mine if form.declines(p) is None}
+        if mine:
+            session.unserved_steps = PATIENCE + 1  # served: never complain
+    return found
 
 
 def _expect_small(
@@ -183,18 +190,17 @@ def steps_as_known(optimizer: Optimizer) -> bool:
     return all(row_of(optimizer, group) is not None for group in optimizer.param_groups)
 
 
-def _check_optimizer(optimizer: Optimizer, name: str) -> None:
+def _check_optimizer(optimizer: Optimizer, what: str, option: str) -> None:
     if not steps_as_known(optimizer):
         raise UnsupportedError(
-            f"GaLore is to update {name}, but its optimizer is a {name_of(optimizer)}; "
-            "use torch.optim.Adam or AdamW (a subclass must not override step), or compile the "
-            "model without galore_rank"
+            f"{what}, but its optimizer is a {name_of(optimizer)}; use torch.optim.Adam or AdamW "
+            f"(a subclass must not override step), or compile the model without {option}"
         )
     for group in optimizer.param_groups:
         if group["differentiable"]:
             raise UnsupportedError(
-                f"GaLore is to update {name}, but its optimizer is differentiable=True: the "
-                "rewritten update is not differentiated; leave it out"
+                f"{what}, but its optimizer is differentiable=True: the rewritten update is not "
+                "differentiated; leave it out"
             )
 
 
@@ -214,9 +220,22 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
                 "projected now: compile the model with the galore options of the run that "
                 "saved it, or start with a new optimizer"
             )
-        grad = parameter.grad
-        if attachment.targets and grad is not None and grad.is_sparse:
+        elif isinstance(state, dict) and parameter not in attachment.stored:
+            _check_stored_by_nobody(parameter, state)
+        grad, ours = parameter.grad, attachment.targets or attachment.stored
+        if ours and grad is not None and grad.is_sparse:
             raise UnsupportedError(
                 f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, which "
                 "neither Adam nor GaLore takes: make its layer sparse=False"
             )
+
+
+def _check_stored_by_nobody(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    """Raise ValueError for moments in several tensors: stock Adam would read one of them."""
+    parts = [k for k in state if k.startswith(tuple(ADAM.moments)) and k not in ADAM.moments]
+    if parts:
+        raise ValueError(
+            f"the optimizer holds moments of a weight {tuple(parameter.shape)} in a storage format "
+            f"({', '.join(parts)}) that the model is not compiled with: pass the moments= of the "
+            "run that saved it, or start with a new optimizer"
+        )

@@ -71,7 +71,7 @@ def compress_activations(
     def rewrite(gm: GraphModule) -> None:
         place = arguments(gm.graph)
         for group in chosen_groups(gm.graph, weights, inputs):
-            if codec.why_not(group[0].operand.meta["val"]) is None:
+            if codec.why_not(value_of(group[0])) is None:
                 leader = min(gradient.weight for gradient in group)
                 _compress(group, codec, [place[i] for i in inputs[leader]])
 
@@ -147,6 +147,12 @@ def release(graph: Graph) -> bool:
 
 
 # --- shared with passes.joint.velora --------------------------------------------------------
+
+
+def value_of(gradient: WeightGradient) -> Tensor:
+    """The fake value of x, (N, D)."""
+    value: Tensor = gradient.operand.meta["val"]
+    return value.t() if gradient.transposed else value
 
 
 def rows(gradient: WeightGradient) -> Node:

@@ -196,6 +196,25 @@ def test_beside_velora_and_galore_it_takes_the_rest() -> None:
     assert decisions["blocks.0.gate_proj"] == decisions["head"] == "stored", decisions
 
 
+def test_optimizers_and_states_that_it_cannot_serve_are_refused() -> None:
+    model = Stack()
+    memrewrite.compile(model, moments=Int8(), backend="aot_eager")
+    told = r"'int8' is to store the moments of a weight \(48, 32\), but its optimizer is"
+    for wrong, more in (
+        (torch.optim.SGD(model.parameters(), lr=1e-2), r" a torch\.optim\.sgd\.SGD"),
+        (torch.optim.Adam(model.parameters(), differentiable=True), " differentiable=True"),
+    ):
+        with pytest.raises(memrewrite.UnsupportedError, match=told + more):
+            fit(model, wrong, range(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.zero_grad()
+    fit(model, optimizer, range(1))
+    memrewrite.restore(model)
+    memrewrite.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"storage format \(exp_avg_scale, exp_avg_sq_scale\)"):
+        fit(model, optimizer, range(1))
+
+
 def test_what_is_no_form_is_refused() -> None:
     for wrong, told in ((3, "moments=3 is a int"), ("int2", "'int2' is not registered")):
         with pytest.raises((TypeError, ValueError), match=told):
