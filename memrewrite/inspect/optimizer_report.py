@@ -15,7 +15,7 @@ from memrewrite.methods.bases import Bases
 from memrewrite.methods.vectors import Vectors
 from memrewrite.moments.optimizers import ADAM
 from memrewrite.moments.projected import Target
-from memrewrite.moments.stored import Moment
+from memrewrite.moments.stored import Moment, stores
 from memrewrite.optim.hook import attachments
 from memrewrite.session.choice import Part
 from memrewrite.session.session import Session
@@ -178,7 +178,7 @@ def _others(
             held = _held(mine.state) or size
             grad = parameter.nbytes
             decision: Any = "plain"
-            if form is not None and form.declines(parameter) is None:
+            if form is not None and stores(form, parameter):
                 decision, reason = "stored", f"its moments are kept as {form.name}"
                 names = list(ADAM.moments)[: mine.moments]
                 held = _held(mine.state) or form.bytes_of(parameter, names)

@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 
 from memrewrite.moments.optimizers import Flags, Row
 from memrewrite.moments.update import wide
+from memrewrite.sites.sharded import is_sharded
 from passes.base import Pass
 from passes.lower import lower_ir_ops
 from passes.update.store import Form, store_moments
@@ -76,6 +77,15 @@ class Moment:
     def keys(self, name: str) -> list[str]:
         """Keys of one moment's tensors in an optimizer's state."""
         return [f"{name}{part}" for part in self.parts]
+
+
+def stores(form: Moment | None, weight: Tensor) -> bool:
+    """Whether a form stores the moments of a weight: not of a scalar or a quantised wrapper."""
+    if form is None or not weight.ndim or not weight.is_floating_point():
+        return False
+    if hasattr(weight, "__tensor_flatten__") and not is_sharded(weight):
+        return False
+    return form.declines(weight) is None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from memrewrite.methods.vectors import Vectors
 from memrewrite.methods.velora import SubTokens, wide
 from memrewrite.moments.optimizers import ADAM, row_of
 from memrewrite.moments.projected import Target, check_state, check_target
+from memrewrite.moments.stored import stores
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
 from memrewrite.session.session import Session, live_sessions
@@ -131,7 +132,7 @@ def _stored(
     for session in (s for s in sessions if s.moments is not None):
         model, form = session.model(), session.moments
         mine = [p for p in model.parameters() if p in ours] if model is not None else []
-        found |= {p: session for p in mine if form.declines(p) is None}
+        found |= {p: session for p in mine if stores(form, p)}
         if mine:
             session.unserved_steps = PATIENCE + 1  # served: never complain
     return found

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.range_finder import OVERSAMPLING
 from memrewrite.moments.optimizers import ADAM
-from memrewrite.moments.stored import Moment
+from memrewrite.moments.stored import Moment, stores
 from memrewrite.sites.eligible import projected_numbers, sites_of
 from memrewrite.sites.options import GaLore
 from memrewrite.sites.weights import Site
@@ -103,7 +103,7 @@ def state_of(
 
 def _stored(parameter: nn.Parameter, count: int, moments: Moment | None) -> int:
     """Bytes of the moments of one weight, in the storage format if it applies."""
-    if moments is None or moments.declines(parameter) is not None:
+    if moments is None or not stores(moments, parameter):
         return count * parameter.nbytes
     return moments.bytes_of(parameter, list(ADAM.moments)[:count])
 

@@ -215,6 +215,24 @@ def test_optimizers_and_states_that_it_cannot_serve_are_refused() -> None:
         fit(model, optimizer, range(1))
 
 
+def test_scalars_are_left_to_the_optimizer() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = Stack(1), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x) * self.scale
+            return out
+
+    model = Scaled()
+    memrewrite.compile(model, moments=BF16(), backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    fit(model, optimizer, range(2))
+    assert optimizer.state[model.scale]["exp_avg"].dtype == torch.float32
+    assert optimizer.state[model.inner.head.weight]["exp_avg"].dtype == torch.bfloat16
+
+
 def test_what_is_no_form_is_refused() -> None:
     for wrong, told in ((3, "moments=3 is a int"), ("int2", "'int2' is not registered")):
         with pytest.raises((TypeError, ValueError), match=told):

@@ -12,6 +12,19 @@ from torch import Tensor, nn
 import memrewrite
 from memrewrite import GaLore, VeLoRA
 
+
+class Halved(memrewrite.Moment):
+    """bf16 in place of fp32."""
+
+    name = "halved"
+
+    def write(self, value: Tensor, *, name: str) -> Tensor:
+        return value.bfloat16()
+
+    def read(self, stored: Tensor, *, name: str, shape: Any, dtype: torch.dtype) -> Tensor:
+        return stored.to(dtype)
+
+
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "velora": {"velora": VeLoRA(8, "all")},
@@ -21,6 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "galore coordinates": {
         "galore": GaLore(4, update_every=3, sites="all", gradients="coordinates")
     },
+    "stored": {"moments": Halved()},
     "both": {"velora": VeLoRA(8, ["0"]), "galore": GaLore(4, sites=["2", "4"])},
 }
 
@@ -61,14 +75,15 @@ def check(mode: str, backend: str, amsgrad: bool) -> None:
 
 
 @pytest.mark.parametrize("amsgrad", only([False, True], True))
-@pytest.mark.parametrize("mode", only(MODES, "both", "galore coordinates"))
+@pytest.mark.parametrize("mode", only(MODES, "both", "galore coordinates", "stored"))
 def test_versions_move_op_by_op(mode: str, amsgrad: bool) -> None:
     check(mode, "aot_eager", amsgrad)
 
 
 @pytest.mark.inductor
-def test_versions_move_under_inductor() -> None:
-    check("both", "inductor", False)
+@pytest.mark.parametrize("mode", ["both", "stored"])
+def test_versions_move_under_inductor(mode: str) -> None:
+    check(mode, "inductor", False)
 
 
 @pytest.mark.parametrize("mode", only(MODES, "both"))
