@@ -67,7 +67,8 @@ class Mixed(nn.Module):
         return x
 
 
-@settings(max_examples=6)
+@pytest.mark.slow
+@settings(max_examples=15)
 @given(
     widths=st.lists(st.integers(5, 24), min_size=2, max_size=4),
     lead=st.lists(st.integers(2, 4), min_size=1, max_size=3),
@@ -91,9 +92,10 @@ def test_gradients_are_the_oracles(
     check_against_oracle(model, loss_of(x), velora, 1e-10, backend="aot_eager")
 
 
-@settings(max_examples=4)
+@pytest.mark.slow
+@settings(max_examples=10)
 @given(
-    depth=st.integers(1, 2),
+    depth=st.integers(1, 3),
     features=st.integers(9, 40),
     hidden=st.integers(9, 64),
     lead=st.lists(st.integers(2, 5), min_size=1, max_size=2),
