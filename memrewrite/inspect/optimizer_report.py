@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from memrewrite.gradients.packing import VECTOR
 from memrewrite.inspect.folding import Fold, folded
-from memrewrite.methods.bases import Bases
-from memrewrite.methods.vectors import Vectors
 from memrewrite.moments.optimizers import ADAM
 from memrewrite.moments.projected import Target
 from memrewrite.moments.stored import Moment, stores
@@ -54,12 +52,13 @@ class OptimizerRow:
 
 def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerRow, ...], str]:
     """(rows, status); both empty if no method changes gradients or moments."""
-    small = session.returned(Vectors)
+    returned = session.returned()
+    small = {p: found for p, found in returned.items() if found[0].method.factors}
     if session.galore is None and session.moments is None and not small:
         return (), ""
     selection = sites_of(model, session.galore) if session.galore else Selection([], [])
     sites = [s for s in selection.projected if s.weight.parameter not in small]
-    served, pushed = _served(session), session.returned(Bases)
+    served, pushed = _served(session), returned.keys() - small.keys()
     rows = (
         *(_factored(model, p, part, served) for p, (part, _) in small.items()),
         *(_projected(site, served, pushed) for site in sites),

@@ -173,6 +173,7 @@ class Method:
     remedy: ClassVar[str] = "its sites"  # the option by which a user chooses weights
     compresses: ClassVar[bool] = True  # x itself: a report names the weights that read z
     moves: ClassVar[bool] = False  # its asks change from step to step
+    factors: ClassVar[bool] = False  # Adam's moments may be of the small gradient, exactly
     small: bool = False  # gradients may be returned in a small form
     forms: ClassVar[Sequence[bool | None]] = (None,)  # values of `form` in `ask`
 
@@ -233,6 +234,10 @@ class Method:
     def small_bytes(self, site: Site) -> int:
         """Bytes of a gradient in the small form."""
         return site.weight.parameter.nbytes
+
+    def basis_bytes(self, site: Site) -> int:
+        """Bytes of the basis that an optimizer's state holds beside moments of a small gradient."""
+        return 0
 
 
 OWNERS: dict[str, str] = {}  # prefix of keys in a state dict -> the option that writes them

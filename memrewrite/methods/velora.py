@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from memrewrite.calibration import observe
 from memrewrite.gradients.basis import small_shape
+from memrewrite.gradients.packing import packed_bytes
 from memrewrite.methods.method import Ask, Chosen, Context, Method, Placed, Task
 from memrewrite.methods.vectors import Vectors
 from memrewrite.sites.options import VeLoRA
@@ -43,6 +44,7 @@ class SubTokens(Method):
     symbol = "v"
     kept = "z"
     gain = "the folded matmul saves time"
+    factors = True
     remedy = "memrewrite.VeLoRA(sites=[...])"
 
     @property
@@ -127,6 +129,9 @@ class SubTokens(Method):
         shape = self.small_gradient(site.weight)
         parameter = site.weight.parameter
         return math.prod(shape) * parameter.element_size() if shape else parameter.nbytes
+
+    def basis_bytes(self, site: Site) -> int:
+        return packed_bytes(self.options.subtoken_size, site.weight.parameter.dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -29,7 +29,7 @@ from memrewrite.compiler.liveness import dominates
 from memrewrite.errors import UnsupportedError
 from memrewrite.parallel.wrapped import inner
 from memrewrite.predict.optimizer_state import Kept, state_of
-from memrewrite.predict.trace import factored_gradients, projected_gradients, trace
+from memrewrite.predict.trace import moving_bytes, small_gradients, trace
 from memrewrite.record.decision import GraphRecord, MemoryRecord
 from memrewrite.record.formulas import Bytes, largest, read, symbols_of
 from memrewrite.session.session import known_session
@@ -201,15 +201,17 @@ def estimate(
             "runs under torch.no_grad()"
         )
     symbols = symbols_of(records)
-    small, pushed = factored_gradients(traced, fake), projected_gradients(traced, fake)
+    small = small_gradients(traced, fake)
     named = dict(model.named_parameters())
-    factored: dict[Tensor, tuple[int, int]] = {named[n]: size for n, size in small.items()}
-    projected: set[Tensor] = {named[name] for name in pushed}
+    factored: dict[Tensor, tuple[int, int]] = {
+        named[n]: (one.size, one.basis) for n, one in small.items() if one.factored
+    }
+    projected: set[Tensor] = {named[n] for n, one in small.items() if not one.factored}
     moments = session.moments if session else None
     plain, rewritten = state_of(model, optimizer, galore, factored, projected, moments)
-    gradients = {name: size for name, (size, _) in small.items()} | pushed
+    gradients = {name: one.size for name, one in small.items()}
     program = _program(fake, records, "after", rewritten, symbols, gradients)
-    if pushed:
+    if any(one.moves for one in small.values()):
         program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
     return Estimate(
         _program(fake, records, "before", plain, symbols),
@@ -260,8 +262,7 @@ def _with_sketches(
     records = [binding.variant.record for binding in traced.bindings()]
     records = [record for record in records if not record.inference]
     peaks = _program(fake, records, "after", kept, symbols_of(records))
-    held = [basis.p for basis in traced.bases.by_name.values()] if traced.bases else []
-    bases = sum(p.nbytes for p in held)  # in addition to projectors
+    bases = moving_bytes(traced)  # in addition to projectors
     found = [peaks.forward_peak + bases, peaks.backward_peak + bases]
     found += [] if program.refresh_peak is None else [program.refresh_peak]
     return replace(program, refresh_peak=largest(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from memrewrite.compiler.backend import Engine
 from memrewrite.errors import UnsupportedError
-from memrewrite.gradients.packing import packed_bytes
 from memrewrite.methods import methods_for
-from memrewrite.methods.bases import Bases
-from memrewrite.methods.vectors import Vectors
 from memrewrite.predict.fake import fake_mode, without_memory
 from memrewrite.session.call import call_of
 from memrewrite.session.session import Session, known_session
@@ -47,24 +44,28 @@ def trace(
     return session, fake
 
 
-def factored_gradients(session: Session, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Weight's name -> bytes of its small VeLoRA gradient and of its v."""
-    vectors = session.vectors
-    if vectors is None:
-        return {}
-    size, small = vectors.options.subtoken_size, _small(session, model, Vectors)
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    return {name: (taken, packed_bytes(size, dtypes[name])) for name, taken in small.items()}
+@dataclass(frozen=True)
+class SmallGradient:
+    """A gradient that backward returns in the small form of a method. Sizes are bytes."""
+
+    size: int
+    basis: int  # in the optimizer's state, beside moments of the small gradient
+    factored: bool  # whether moments are of the small gradient
+    moves: bool  # whether its basis changes from step to step
 
 
-def projected_gradients(session: Session, model: nn.Module) -> dict[str, int]:
-    """Weight's name -> bytes of its gradient in a projector's coordinates."""
-    return _small(session, model, Bases)
-
-
-def _small(session: Session, model: nn.Module, state: Any) -> dict[str, int]:
+def small_gradients(session: Session, model: nn.Module) -> dict[str, SmallGradient]:
+    """Those of a traced model, by the weight's name."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return {
-        names[parameter]: part.method.small_bytes(part.sites[ask.position])
-        for parameter, (part, ask) in session.returned(state).items()
-    }
+    found = {}
+    for parameter, (part, ask) in session.returned().items():
+        method, site = part.method, part.sites[ask.position]
+        sizes = method.small_bytes(site), method.basis_bytes(site)
+        found[names[parameter]] = SmallGradient(*sizes, method.factors, method.moves)
+    return found
+
+
+def moving_bytes(session: Session) -> int:
+    """Bytes of the bases that change from step to step."""
+    states = (state for method, state in session.kept if method.moves)
+    return sum(t.nbytes for state in states for t in state.state_dict().values())

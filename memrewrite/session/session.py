@@ -151,7 +151,7 @@ class Session:
         for graph in self.graphs:
             yield from graph.bindings.values()
 
-    def returned(self, state: type[State]) -> dict[Tensor, tuple[Part, Ask]]:
+    def returned(self, state: type[State] = State) -> dict[Tensor, tuple[Part, Ask]]:
         """The weights whose gradients are returned small by a method with this class of state."""
         return {
             parameter: (part, ask)
