@@ -448,3 +448,33 @@ def test_a_failing_rewrite_keeps_the_exact_gradient_and_says_so(
     report = memrewrite.report(model)
     assert "REWRITE FAILED" in str(report)
     assert all(r.decision == "exact" for r in report.sites)
+
+
+class Dropped(nn.Module):
+    """Its first output shows which mask the forward drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.dropout = nn.Linear(16, 32), nn.Linear(32, 24), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.dropout(torch.relu(self.a(x) + 3))
+        return h, self.b(h)
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+@pytest.mark.parametrize("velora", [False, True])
+def test_backward_reads_the_mask_that_forward_drew(backend: str, velora: bool) -> None:
+    """Recomputed, a random operation would draw another one."""
+    torch.manual_seed(0)
+    model = Dropped()
+    how = VeLoRA(4, ["a"]) if velora else False
+    memrewrite.compile(model, velora=how, backend=backend)
+    h, y = model(torch.randn(64, 16))
+    weight = model.b.weight.detach().clone()
+    y.sum().backward()
+    mask = (h.detach() != 0).float() / 0.7
+    torch.testing.assert_close(model.a.bias.grad, (mask * weight.sum(0)).sum(0))
+    torch.testing.assert_close(model.b.weight.grad, h.detach().sum(0).expand(24, -1))

@@ -184,7 +184,7 @@ def _mark_recomputes(graph: Graph, kept: Kept, free: Collection[int], freed: flo
 
 def _never_recompute_costly(graph: Graph) -> None:
     for node in graph.nodes:
-        if node.op == "call_function" and _is_costly(node):
+        if node.op == "call_function" and (_is_costly(node) or is_random(node)):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
