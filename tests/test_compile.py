@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from itertools import pairwise
 from typing import Any
 
@@ -453,28 +454,46 @@ def test_a_failing_rewrite_keeps_the_exact_gradient_and_says_so(
 class Dropped(nn.Module):
     """Its first output shows which mask the forward drew."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpointed: bool) -> None:
         super().__init__()
         self.a, self.b, self.dropout = nn.Linear(16, 32), nn.Linear(32, 24), nn.Dropout(0.3)
+        self.checkpointed = checkpointed
+
+    def drop(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.a(x) + 3))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.dropout(torch.relu(self.a(x) + 3))
+        h = checkpoint(self.drop, x, use_reentrant=False) if self.checkpointed else self.drop(x)
         return h, self.b(h)
 
 
+inductor = pytest.mark.inductor
+
+
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    ("backend", "velora", "checkpointed", "budget"),
+    [
+        *(("aot_eager", *case) for case in itertools.product([False, True], [False, True], [1, 0])),
+        pytest.param("inductor", False, False, 1, marks=inductor),
+        pytest.param("inductor", True, False, 1, marks=inductor),
+        pytest.param("inductor", False, True, 1, marks=inductor),
+    ],
 )
-@pytest.mark.parametrize("velora", [False, True])
-def test_backward_reads_the_mask_that_forward_drew(backend: str, velora: bool) -> None:
+def test_backward_reads_the_mask_that_forward_drew(
+    backend: str, velora: bool, checkpointed: bool, budget: float
+) -> None:
     """Recomputed, a random operation would draw another one."""
     torch.manual_seed(0)
-    model = Dropped()
+    model = Dropped(checkpointed)
     how = VeLoRA(4, ["a"]) if velora else False
     memrewrite.compile(model, velora=how, backend=backend)
-    h, y = model(torch.randn(64, 16))
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        h, y = model(torch.randn(64, 16))
     weight = model.b.weight.detach().clone()
     y.sum().backward()
     mask = (h.detach() != 0).float() / 0.7
     torch.testing.assert_close(model.a.bias.grad, (mask * weight.sum(0)).sum(0))
     torch.testing.assert_close(model.b.weight.grad, h.detach().sum(0).expand(24, -1))
+    totals = memrewrite.report(model).to_dict()["totals"]
+    if budget:  # under a budget torch's own backward draws another mask
+        assert totals["saved_bytes_after"] <= totals["saved_bytes_before"]  # booleans, or a seed

@@ -352,17 +352,16 @@ def test_a_compiled_update_is_the_update(dtype: torch.dtype, shape: tuple[int, .
         torch.testing.assert_close(ours, theirs)
 
 
-def test_an_update_that_does_not_compile_runs_op_by_op_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_an_update_that_does_not_compile_runs_op_by_op_with_a_warning() -> None:
     kind = ProjectedKind((5, 3), torch.float32, torch.device("cpu"), 1, False, 1.0, *[False] * 4)
     update = build(kind, Engine("inductor", None, None, None))
     w, g, p = torch.zeros(5, 3), torch.ones(5, 3), torch.eye(3, 1)
     state = [torch.zeros(5, 1) for _ in range(2)]
     group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-    with pytest.warns(MemrewriteWarning, match="op by op"):
-        update.apply(
-            [w, g, *state, p], update.numbers(torch.zeros(()), kind.row.numbers(group, kind.flags))
-        )
+    numbers = update.numbers(torch.zeros(()), kind.row.numbers(group, kind.flags))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.warns(MemrewriteWarning, match="op by op"),
+    ):
+        update.apply([w, g, *state, p], numbers)
     torch.testing.assert_close(w[:, 0], torch.full((5,), -0.1))

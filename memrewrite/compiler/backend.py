@@ -47,11 +47,14 @@ from memrewrite.gradients.port import attach_ports
 from memrewrite.methods.request import Request, extra_inputs, source_hash
 from memrewrite.record.decision import GraphRecord
 from passes.joint.absent import write_in_place
+from passes.split.late import is_random
 
 EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
 # Whether Dynamo recompiles when a parameter's requires_grad changes: torch 2.11 skips the guard
 # on it as long as its module's dictionary is the same.
 GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
+# Next to none: under 0 itself torch saves no result, so that backward draws another dropout mask.
+LEAST_BUDGET = 1e-9
 
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
 
@@ -124,15 +127,16 @@ def _split_joint(
         cut: Callable[..., Split] = inner or min_cut_rematerialization_partition
         return cut(joint, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
-    def exact_first(joint: GraphModule, outputs: int) -> Split:
-        # patched for one partition, never globally
-        with functorch_config.patch(aggressive_recomputation=True):
+    def ours(joint: GraphModule, outputs: int) -> Split:
+        with functorch_config.patch(patches):  # for one partition, never globally
             return default(joint, outputs)
 
-    state, chosen = _current.get() or Compile(), exact_first
-    if functorch_config.activation_memory_budget != 1.0:
-        state.freed, chosen = 0.0, default  # the user's budget decides what is recomputed
-    return divide(gm, request, num_fwd_outputs, state, default, chosen)
+    state, patches = _current.get() or Compile(), {"aggressive_recomputation": True}
+    if (budget := functorch_config.activation_memory_budget) != 1.0:
+        state.freed = 0.0  # the user's budget decides what is recomputed
+        none = budget == 0 and any(map(is_random, gm.graph.nodes))
+        patches = {"activation_memory_budget": LEAST_BUDGET if none else budget}
+    return divide(gm, request, num_fwd_outputs, state, default, ours)
 
 
 # --- the two engines -------------------------------------------------------------------
