@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ def compile(
     galore: GaLore | None = None,
     activations: Method | str | None = None,
     moments: Moment | str | None = None,
+    loss_chunks: int | Literal["auto"] | None = None,
     **torch_compile_kwargs: Any,
 ) -> M:
     """Compile `model` in place so that training it needs less memory; returns `model`.
@@ -61,6 +62,9 @@ def compile(
         the name of a registered one), for the weights that velora does not select.
     moments: a storage format for Adam's moments (a `Moment`), for the weights whose state is
         neither projected nor factored.
+    loss_chunks: compute the head and its cross entropy in this many chunks of rows, or "auto"
+        (chunks of 32 MiB); exact. The logits that the model returns are then computed when
+        their values are read, which must be before optimizer.step().
     mode, options, dynamic, fullgraph, disable: as in torch.compile.
     backend: "inductor", or "aot_eager" to run the rewritten graphs without code generation.
 
@@ -77,6 +81,7 @@ def compile(
         return model
     if inner(model) is not model:
         more: dict[str, Any] = {"activations": activations, "moments": moments}
+        more |= {"loss_chunks": loss_chunks}
         more |= {"velora": velora, "galore_rank": galore_rank, "galore": galore}
         compile(inner(model), **more, **torch_compile_kwargs)
         return model
@@ -86,6 +91,8 @@ def compile(
     request = {"velora": options, "galore": projection, **torch_compile_kwargs}
     request |= {"activations": activations} if activations is not None else {}
     request |= {"moments": moments} if moments is not None else {}
+    request |= {"loss_chunks": loss_chunks} if loss_chunks is not None else {}
+    chunks = _chunks(loss_chunks)
     known = _sessions.get(model)
     if known is not None and model._compiled_call_impl is not None:
         if known.request == request:
@@ -103,6 +110,7 @@ def compile(
     engine = _engine(call_kwargs)
     session = Session(weakref.ref(model), engine, methods, request, options, projection)
     session.whole, session.moments = whole, form
+    session.setting.loss_chunks = chunks
     foresee(session)
     call = call_of(model)
     compiled = torch.compile(call, backend=session, **call_kwargs)
@@ -178,6 +186,19 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         for path, part in parts.items():
             part.load_state_dict(before[path])
         raise
+
+
+def _chunks(asked: Any) -> int | None:
+    """The number of chunks, 0 for "auto"; None for whole logits."""
+    if asked is None or asked is False:
+        return None
+    if asked == "auto":
+        return 0
+    if type(asked) is not int:
+        raise TypeError(f"loss_chunks={asked!r}: pass a number of chunks, 'auto' or None")
+    if asked < 1:
+        raise ValueError(f"loss_chunks={asked}: at least 1, or 'auto'")
+    return asked
 
 
 def _engine(kwargs: dict[str, Any]) -> Engine:

@@ -131,6 +131,7 @@ def _split_joint(
         with functorch_config.patch(patches):  # for one partition, never globally
             return default(joint, outputs)
 
+    patches: dict[str, bool | float]
     state, patches = _current.get() or Compile(), {"aggressive_recomputation": True}
     if (budget := functorch_config.activation_memory_budget) != 1.0:
         state.freed = 0.0  # the user's budget decides what is recomputed

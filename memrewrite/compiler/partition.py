@@ -51,6 +51,7 @@ COSTLY = (
     "_cudnn_attention",
     "_grouped_mm",
     "flex_attention",
+    "chunked_loss",
 )
 
 # Share of the saved operations that recomputing matmuls may spend; the rest shortens the step.

@@ -246,5 +246,9 @@ def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
             f"\nundefined gradients of outputs other than the loss are not materialized: "
             f"{totals['absent_bytes']:,} bytes of zeros"
         )
+    variants = dict.fromkeys(graph.variant for graph in graphs)
+    for variant in variants:
+        line += f"\n{variant.chunked.told}" if variant.chunked and variant.chunked.told else ""
+        line += "".join(f"\nlogits computed whole, as read by {where}" for where in variant.read)
     failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]
     return line + "".join(f"\nREWRITE FAILED, exact graph kept: {f}" for f in failures)

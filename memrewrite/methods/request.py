@@ -66,7 +66,7 @@ def extra_inputs(request: Request) -> list[tuple[str, Tensor]]:
 
 # The folders whose files decide how a captured graph is rewritten. The others (inspect, predict,
 # bench, optim, parallel, ...) act on it only through a request, which is in the key.
-DECIDING = ("calibration", "compiler", "gradients", "methods", "record", "session", "sites")
+DECIDING = ("calibration", "compiler", "gradients", "loss", "methods", "record", "session", "sites")
 
 
 def deciding_files() -> list[Path]:

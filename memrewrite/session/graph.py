@@ -17,6 +17,9 @@ from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.port import Port, trained_outputs
+from memrewrite.loss.chunk import Chunked, Lazy, chunk_loss
+from memrewrite.loss.find import find_head
+from memrewrite.loss.lazy import lazily
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
 from memrewrite.parallel.wrapped import originals, rehearsed
@@ -29,7 +32,7 @@ _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=
 Asked = list[tuple[Part, list[Ask]]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Variant:
     """A captured graph compiled for one set of asks."""
 
@@ -38,6 +41,8 @@ class Variant:
     asked: Asked = field(default_factory=list)
     outputs: int | None = None  # number of original outputs, if extra ones follow
     observed: tuple[Part, list[int]] | None = None  # the method and weights of the extra ones
+    chunked: Chunked | None = None
+    read: list[str] = field(default_factory=list)  # file and line of what read lazy logits
 
     def __post_init__(self) -> None:
         groups = [g for i in self.record.inputs for g in i.compressed.values()]
@@ -95,6 +100,7 @@ class Setting:
     group: Callable[[], Any]  # the process group that trains the model together
     foresee: Callable[[], None]  # called before a graph is first compiled
     adopt: Callable[[], None]  # called before every call
+    loss_chunks: int | None = None  # 0: as many as their bytes ask for; None: whole logits
     full: str | None = None  # why gradients stay full-size; None if they may be small
 
 
@@ -139,10 +145,11 @@ class Graph:
             results = variant.compiled(*args, *binding.extra(args))
         finally:
             _running.reset(token)
-        if variant.outputs is None or variant.observed is None:
-            return results
-        self._follow(binding, results[variant.outputs :])
-        return results[: variant.outputs]
+        if variant.outputs is not None and variant.observed is not None:
+            self._follow(binding, results[variant.outputs :])
+            results = results[: variant.outputs]
+        lazy = variant.chunked and variant.chunked.lazy
+        return _with_logits(lazy, variant.read, args, results) if lazy else results
 
     def _follow(self, binding: Binding, totals: Sequence[Tensor]) -> None:
         assert binding.variant.observed is not None
@@ -229,7 +236,8 @@ class Graph:
     def _compile(self, args: Sequence[Any], asked: Asked) -> Variant:
         if self.variants and self.dynamic:
             return self._uncompiled()
-        gm, outputs, observed = self.gm, None, None
+        chunked, outputs, observed = self._chunked(args, asked), None, None
+        gm = chunked.gm
         for part, asks in asked:
             found = part.method.observe(gm, asks) if asks else None
             if found is not None:
@@ -237,8 +245,25 @@ class Graph:
                 observed = part, positions
         request = self._request(len(args), asked)
         compiled, record = capture(gm, args, request, self.setting.engine)
+        record.refused |= dict.fromkeys(
+            chunked.head, "its gradient is computed with the loss, in chunks"
+        )
         compiled = with_undefined_tangents(compiled, [*record.absent])
-        return Variant(compiled, record, asked, outputs, observed)
+        return Variant(compiled, record, asked, outputs, observed, chunked)
+
+    def _chunked(self, args: Sequence[Any], asked: Asked) -> Chunked:
+        """The graph with its loss in chunks, if that is asked for and can be done."""
+        chunks = self.setting.loss_chunks
+        if chunks is None or not self.training:
+            return Chunked(self.gm)
+        head = find_head(self.gm.graph)
+        if isinstance(head, str):
+            return Chunked(self.gm, told=f"the loss is not in chunks: {head}")
+        taken = {ask.position for _, asks in asked for ask in asks}
+        if taken & {*head.weights}:
+            return Chunked(self.gm, told="the loss is not in chunks: a method takes the head")
+        trained = any(args[i].requires_grad for i in head.weights)
+        return chunk_loss(self.gm, head, chunks, trained)
 
     def _uncompiled(self) -> Variant:
         """A variant that runs op by op: outside Dynamo a dynamic graph cannot be compiled."""
@@ -248,6 +273,16 @@ class Graph:
         )
         warn(f"some layers run uncompiled, with exact gradients: {reason}")
         return Variant(self.gm, GraphRecord(failure=reason))
+
+
+def _with_logits(
+    lazy: Lazy, read: list[str], args: Sequence[Any], results: Sequence[Any]
+) -> list[Any]:
+    """The results, with logits that are computed when they are read."""
+    found = list(results)
+    parts = [found[lazy.output], *(args[i] for i in lazy.inputs)]
+    found[lazy.output] = lazily(lazy.make, parts, lazy.dtype, read.append)
+    return found
 
 
 def running() -> Binding | None:

@@ -1,0 +1,155 @@
+"""LazyLogits: logits that are computed when something reads their values.
+
+A chunked loss never has them whole, but the model still returns them. This tensor has their
+shape, dtype and device, and holds what they are made of: the head's input, its weight and its
+bias. Metadata and `detach` cost nothing; any other operation computes the logits once, with
+their autograd history, and works on those.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_T: Any = Tensor  # its properties are descriptors, which annotations do not know
+FREE = {
+    _T.shape.__get__,
+    _T.dtype.__get__,
+    _T.device.__get__,
+    _T.layout.__get__,
+    _T.ndim.__get__,
+    _T.requires_grad.__get__,
+    _T.grad_fn.__get__,
+    _T.is_leaf.__get__,
+    _T.is_cuda.__get__,
+    _T.is_sparse.__get__,
+    _T.size,
+    _T.dim,
+    _T.numel,
+    _T.nelement,
+    _T.element_size,
+    _T.stride,
+    _T.is_contiguous,
+    _T.is_floating_point,
+    _T.is_complex,
+    _T.__hash__,
+    _T.__len__,
+    torch.is_floating_point,
+    torch.numel,
+}
+
+
+class LazyLogits(Tensor):
+    """LazyLogits(make, parts, like), made by `lazily`; see the module's docstring."""
+
+    _make: Callable[..., Tensor]
+    _parts: list[Tensor]
+    _versions: list[int]
+    _value: Tensor | None
+    _read: Callable[[str], None]
+
+    @staticmethod
+    def __torch_function__(
+        func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        first: Any = args[0] if args else None
+        if func is Tensor.detach and isinstance(first, LazyLogits):
+            return first._detached()
+        args, kwargs = pytree.tree_map(_value_of, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map(_value_of, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _detached(self) -> LazyLogits:
+        with torch._C.DisableTorchFunctionSubclass():
+            made = _empty(self.shape, self.dtype, self.device)
+        made._make, made._read, made._versions = self._make, self._read, self._versions
+        made._parts = [part.detach() for part in self._parts]
+        made._value = None if self._value is None else self._value.detach()
+        return made
+
+    def _compute(self) -> Tensor:
+        """The logits. Raises RuntimeError if the head has been written to since the forward."""
+        if self._value is None:
+            if [part._version for part in self._parts] != self._versions:
+                raise RuntimeError(
+                    "the values of the logits are read after the head's weight has changed, and "
+                    "with loss_chunks they are computed when they are read; read them before "
+                    "optimizer.step(), or compile with loss_chunks=False"
+                )
+            with torch.set_grad_enabled(self._differentiable):
+                self._value = self._make(*self._parts)
+            self._read(_reader())
+        return self._value
+
+    @property
+    def _differentiable(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad
+
+
+def _value_of(value: Any) -> Any:
+    return value._compute() if isinstance(value, LazyLogits) else value
+
+
+def _reader() -> str:
+    """File and line of what reads the values: the innermost frame outside of torch and here."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename != __file__ and "/torch/" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}"
+    return "unknown"
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> LazyLogits:
+    made: Any = Tensor._make_wrapper_subclass(LazyLogits, tuple(shape), dtype=dtype, device=device)
+    return made  # type: ignore[no-any-return]
+
+
+class _Made(torch.autograd.Function):
+    """Logits without values whose gradient reaches the parts, whichever way they are used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, make: Callable[..., Tensor], dtype: torch.dtype, *parts: Tensor
+    ) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(*parts)
+        h, w = parts[:2]
+        return _empty((*h.shape[:-1], w.shape[0]), dtype, h.device)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
+        with torch.enable_grad():
+            z = ctx.make(*parts)
+        return None, None, *torch.autograd.grad(z, parts, dz)
+
+
+def lazily(
+    make: Callable[..., Tensor],
+    parts: Sequence[Tensor],
+    dtype: torch.dtype,
+    read: Callable[[str], None],
+) -> LazyLogits:
+    """Logits that `make(*parts)` computes: parts are h (..., D), w (V, D) and perhaps a bias.
+
+    `read` is called with the file and line of what first reads the values.
+    """
+    call: Any = _Made.apply
+    made: LazyLogits = call(make, dtype, *parts)
+    made._make, made._parts, made._read, made._value = make, list(parts), read, None
+    made._versions = [part._version for part in parts]
+    return made

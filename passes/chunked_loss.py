@@ -1,0 +1,153 @@
+"""A linear and its cross entropy, chunk by chunk: the logits are never whole.  [exact]
+
+    before                                   after
+    z = f(linear(h, w, bias))                loss, dh, dw, db = chunked_loss(h, w, bias, y)
+    loss = cross_entropy(z, y)
+
+Identity: rows are independent. With p = softmax(z) and t the smoothed one-hot target of a row,
+
+    loss = sum_i (logsumexp(z_i) - t_i . z_i) / c   dz_i = (p_i - t_i) / c
+    dh = f'(dz) w      dw = f'(dz)^T h      db = f'(dz)^T 1
+
+so that a chunk of rows yields its loss, its rows of dh, and its terms of dw and db; the next chunk
+reuses its memory. c is 1, or for a mean the number of labels that are not ignored. Backward
+multiplies the gradients by that of the loss, usually 1: no more matmuls than before, and no other
+rounding. f is a chain of scales and tanh (logit scale, soft cap).
+Source: Luo et al. 2024, MiniSequence (arXiv 2407.15892); gradients in the forward as in Liger
+(arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 2**25  # of one chunk's logits where the number of chunks is not given
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def rows_of_chunk(rows: int, vocabulary: int, itemsize: int, chunks: int) -> int:
+    """Rows per chunk; chunks = 0 chooses them by CHUNK_BYTES."""
+    if chunks:
+        return max(1, math.ceil(rows / chunks))
+    return max(1, min(rows, CHUNK_BYTES // (vocabulary * itemsize)))
+
+
+def chunked_loss(
+    h: Tensor,  # (N, D)
+    w: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    steps: Sequence[float],
+    upcast: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    mean: bool,
+    chunks: int,
+    trained: bool,
+) -> Results:
+    """The loss, and its gradients of h, w and bias.
+
+    `steps` are f: a number scales by it, 0.0 is tanh. Sums over chunks are float32 at least.
+    Without `trained`, the gradients of w and bias are empty.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    inner = wide if upcast else h.dtype
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dw = torch.zeros(w.shape if trained else (0,), dtype=wide, device=w.device)
+    db = torch.zeros(w.shape[0] if _moves(bias, trained) else 0, dtype=wide, device=w.device)
+    total = torch.zeros((), dtype=wide, device=h.device)
+    count = (labels != ignore_index).sum().to(wide) if mean else torch.ones_like(total)
+    rows = rows_of_chunk(h.shape[0], w.shape[0], inner.itemsize, chunks)
+    for part, mine, y in zip(*(torch.split(t, rows) for t in (h, dh, labels)), strict=True):
+        z = torch.nn.functional.linear(part, w, bias).to(inner)  # (rows, V)
+        slopes = _forward(z, steps)
+        loss, dz = _loss(z, y, ignore_index, label_smoothing, count)
+        total += loss
+        dz = _backward(dz, steps, slopes).to(h.dtype)
+        torch.mm(dz, w, out=mine)
+        if trained and wide == dz.dtype:
+            dw.addmm_(dz.t(), part)
+        elif trained:
+            dw += dz.t() @ part
+        if _moves(bias, trained):
+            db += dz.sum(0, dtype=wide)
+    return (total / count if mean else total).to(inner), dh, dw.to(w.dtype), db.to(w.dtype)
+
+
+def _moves(bias: Tensor | None, trained: bool) -> bool:
+    return bias is not None and trained
+
+
+def _forward(z: Tensor, steps: Sequence[float]) -> list[Tensor]:
+    """Apply f to z in place; returns the outputs of its tanh."""
+    outputs = []
+    for step in steps:
+        if step:
+            z.mul_(step)
+        else:
+            outputs.append(z.tanh_().clone())
+    return outputs
+
+
+def _backward(dz: Tensor, steps: Sequence[float], outputs: list[Tensor]) -> Tensor:
+    for step in reversed(steps):
+        dz = dz.mul_(step) if step else dz.mul_(1 - outputs.pop().square_())
+    return dz
+
+
+def _loss(
+    z: Tensor, y: Tensor, ignored: int, smoothing: float, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The summed cross entropy of z (rows, V); its gradient / count, which overwrites z."""
+    vocabulary = z.shape[1]
+    kept = (y != ignored).unsqueeze(1)  # (rows, 1)
+    y = torch.where(kept, y.unsqueeze(1), 0)
+    lse = z.logsumexp(1, keepdim=True)
+    target = (1 - smoothing) * z.gather(1, y)  # raises for a label out of range, as eager does
+    if smoothing:
+        target = target + smoothing / vocabulary * z.sum(1, keepdim=True)
+    loss = torch.where(kept, lse - target, 0).sum()
+    dz = z.sub_(lse).exp_()
+    if smoothing:
+        dz -= smoothing / vocabulary
+    dz.scatter_add_(1, y, torch.full_like(lse, smoothing - 1))
+    return loss, dz.div_(count).masked_fill_(~kept, 0)
+
+
+def _shapes(h: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Results:
+    upcast, trained = rest[2], rest[-1]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    db = w.new_empty(w.shape[0] if _moves(bias, trained) else 0)
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dw = w.new_empty(w.shape if trained else (0,))
+    return h.new_empty((), dtype=wide if upcast else h.dtype), dh, dw, db
+
+
+def _keep(ctx: Any, inputs: Any, output: Results) -> None:
+    ctx.trained, ctx.biased = inputs[-1], _moves(inputs[2], inputs[-1])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scaled(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+    dh, dw, db = ((d.to(g.dtype) * g).to(d.dtype) for d in ctx.saved_tensors)
+    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 8
+
+
+_Library: Any = torch.library.Library
+_library = _Library("memrewrite", "FRAGMENT")
+_library.define(
+    "chunked_loss(Tensor h, Tensor w, Tensor? bias, Tensor labels, float[] steps, bool upcast, "
+    "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.impl("chunked_loss", chunked_loss, "CompositeExplicitAutograd")
+torch.library.register_fake("memrewrite::chunked_loss", _shapes, lib=_library)
+torch.library.register_autograd(
+    "memrewrite::chunked_loss", _scaled, setup_context=_keep, lib=_library
+)
+op = torch.ops.memrewrite.chunked_loss.default

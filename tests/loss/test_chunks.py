@@ -1,0 +1,370 @@
+"""The loss in chunks: against eager PyTorch, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import memrewrite
+from memrewrite.loss.lazy import LazyLogits
+from memrewrite.session.session import session_of
+from passes.chunked_loss import chunked_loss, op
+
+V, D = 12, 5
+Built = tuple[Tensor, Tensor]  # loss, logits
+
+
+@given(
+    rows=st.integers(1, 9),
+    chunks=st.integers(0, 11),
+    biased=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    steps=st.lists(st.sampled_from([0.5, -2.0, 0.0]), max_size=3),
+    reduction=st.sampled_from(["sum", "mean"]),
+    ignored=st.sets(st.integers(0, 8)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_equal_to_cross_entropy_of_whole_logits(
+    rows: int,
+    chunks: int,
+    biased: bool,
+    smoothing: float,
+    steps: list[float],
+    reduction: str,
+    ignored: set[int],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    h, w, b = (torch.randn(s, dtype=torch.float64) for s in ((rows, D), (V, D), (V,)))
+    y = torch.randint(0, V, (rows,))
+    y[[i for i in ignored if i < rows]] = -1
+    leaves = [t.requires_grad_() for t in (h, w, b)]
+    z = F.linear(h, w, b if biased else None)
+    for step in steps:
+        z = z * step if step else z.tanh()
+    want = F.cross_entropy(z, y, reduction=reduction, label_smoothing=smoothing, ignore_index=-1)
+    mean = reduction == "mean"
+    got = op(h, w, b if biased else None, y, steps, True, -1, smoothing, mean, chunks, True)[0]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, equal_nan=True)
+    used = leaves if biased else leaves[:2]
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * got, used), torch.autograd.grad(3 * want, used), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_label_out_of_range_raises() -> None:
+    h, w, y = torch.randn(3, D), torch.randn(V, D), torch.tensor([0, V, 1])
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+        chunked_loss(h, w, None, y, [], True, -100, 0.0, True, 2, True)
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+def shifted(z: Tensor, y: Tensor) -> Built:
+    """As transformers 5: labels are padded and shifted."""
+    y = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(z.float().view(-1, V), y.view(-1), ignore_index=-100), z
+
+
+def sliced(z: Tensor, y: Tensor) -> Built:
+    """As older models: logits are sliced."""
+    z = z / 4
+    kept = z[..., :-1, :].contiguous()
+    return F.cross_entropy(kept.view(-1, V), y[..., 1:].reshape(-1)), z
+
+
+def capped(z: Tensor, y: Tensor) -> Built:
+    """Gemma 2's soft cap; a sum over the number of items."""
+    z = torch.tanh(z / 3) * 3
+    return F.cross_entropy(z.reshape(-1, V), y.view(-1), reduction="sum") / 7, z
+
+
+def smoothed(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), label_smoothing=0.1), z
+
+
+def alone(z: Tensor, y: Tensor) -> Built:
+    """The logits are not returned."""
+    loss = F.cross_entropy(z.view(-1, V), y.view(-1))
+    return loss, loss.detach()
+
+
+class Model(nn.Module):
+    def __init__(self, loss: Callable[..., Built], bias: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(V, D), nn.Linear(D, D)
+        self.head, self.loss = nn.Linear(D, V, bias=bias), loss
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+        z = self.head(torch.relu(self.body(self.embedding(tokens))))
+        return z if labels is None else self.loss(z, labels)
+
+
+def pair(loss: Callable[..., Built], **how: Any) -> tuple[Model, Model, Tensor]:
+    """A model, its copy compiled in float64, and tokens."""
+    torch.manual_seed(0)
+    model = Model(loss, how.pop("bias", False), how.pop("tied", False))
+    options = {"backend": "aot_eager", "loss_chunks": 3, **how}
+    return model, memrewrite.compile(copy.deepcopy(model), **options), torch.randint(0, V, (2, 7))
+
+
+def same_gradients(mine: nn.Module, theirs: nn.Module) -> None:
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("loss", [shifted, sliced, capped, smoothed, alone])
+@pytest.mark.parametrize("bias", [False, True])
+def test_models_train_as_before_and_never_hold_their_logits(
+    loss: Callable[..., Built], bias: bool
+) -> None:
+    model, compiled, tokens = pair(loss, bias=bias, tied=not bias)
+    want, logits = model(tokens, tokens)
+    got, lazy = compiled(tokens, tokens)
+    assert type(lazy) is (Tensor if loss is alone else LazyLogits)
+    torch.testing.assert_close(got, want)
+    (2 * got).backward(), (2 * want).backward()
+    same_gradients(compiled, model)
+    torch.testing.assert_close(lazy + 0, logits)
+    assert "the loss runs in chunks" in str(memrewrite.report(compiled))
+    (record,) = [b.variant.record for b in session_of(compiled).bindings()]
+    stages = dict(record.listings())
+    for stage in ("forward", "backward"):
+        assert f"14, {V}]" not in stages[stage] and f"7, {V}]" not in stages[stage]
+
+
+def test_a_second_loss_on_the_logits_is_differentiated() -> None:
+    model, compiled, tokens = pair(sliced)
+    for net in (model, compiled):
+        loss, logits = net(tokens, tokens)
+        (loss + logits.float().square().mean()).backward()
+    same_gradients(compiled, model)
+    read = [
+        row for row in str(memrewrite.report(compiled)).splitlines() if "logits computed" in row
+    ]
+    assert len(read) == 1 and f"{__file__}:" in read[0]
+
+
+def test_the_logits_alone_are_differentiated() -> None:
+    model, compiled, tokens = pair(capped)
+    for net in (model, compiled):
+        net(tokens, tokens)[1].pow(3).sum().backward()
+    same_gradients(compiled, model)
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return (z**3).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (z,) = ctx.saved_tensors
+        return g * 3 * z**2
+
+
+def through_a_function(z: Tensor) -> None:
+    Cubed.apply(z).backward()  # type: ignore[no-untyped-call]
+
+
+def from_outside(z: Tensor) -> None:
+    torch.autograd.backward([z], [torch.ones(z.shape)])
+
+
+def by_grad_of_a_view(z: Tensor) -> None:
+    z[:, -1].exp().sum().backward()
+
+
+@pytest.mark.parametrize("use", [through_a_function, from_outside, by_grad_of_a_view])
+def test_autograd_reaches_the_model_whichever_way_the_logits_are_used(use: Any) -> None:
+    model, compiled, tokens = pair(sliced)
+    for net in (model, compiled):
+        use(net(tokens, tokens)[1])
+    same_gradients(compiled, model)
+
+
+def test_metadata_and_detach_compute_nothing() -> None:
+    model, compiled, tokens = pair(shifted)
+    _, lazy = compiled(tokens, tokens)
+    assert (lazy.shape, lazy.size(-1), lazy.dtype, lazy.ndim) == ((2, 7, V), V, torch.float32, 3)
+    assert lazy.requires_grad and lazy.grad_fn is not None and lazy.device.type == "cpu"
+    assert isinstance(lazy, Tensor) and lazy is not None and len(lazy) == 2
+    small = lazy.detach()
+    assert not small.requires_grad and small.shape == lazy.shape
+    assert "logits computed" not in str(memrewrite.report(compiled))
+    want = model(tokens)
+    assert torch.equal(small.argmax(-1), want.argmax(-1)) and not (small + 1).requires_grad
+    loaded = pickle.loads(pickle.dumps(small))
+    assert type(loaded) is Tensor
+    file = io.BytesIO()
+    torch.save({"logits": small}, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=True)["logits"], want.detach())
+    torch.testing.assert_close(torch.from_numpy(small.cpu().numpy()), want.detach())
+    assert "tensor(" in repr(lazy)
+
+
+def test_logits_read_after_the_step_raise() -> None:
+    _, compiled, tokens = pair(shifted)
+    optimizer = torch.optim.AdamW(compiled.parameters(), lr=0.1)
+    loss, lazy = compiled(tokens, tokens)
+    _, early = compiled(tokens, tokens)
+    before = early.sum()
+    loss.backward()
+    optimizer.step()
+    assert early.sum() == before
+    with pytest.raises(RuntimeError, match=r"read them before optimizer.step\(\)"):
+        lazy.sum()
+
+
+def test_without_labels_or_gradients_nothing_changes() -> None:
+    model, compiled, tokens = pair(shifted)
+    assert type(compiled(tokens)) is Tensor
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))
+        assert type(compiled(tokens, tokens)[1]) is Tensor
+
+
+def test_a_frozen_head() -> None:
+    model, compiled, tokens = pair(shifted, bias=True)
+    for net in (model, compiled):
+        net.head.requires_grad_(False)
+        net(tokens, tokens)[0].backward()
+    same_gradients(compiled, model)
+    assert compiled.head.weight.grad is None
+
+
+@pytest.mark.parametrize("how", [{"velora": memrewrite.VeLoRA(5, ["body"])}, {"galore_rank": 2}])
+def test_beside_other_methods(how: dict[str, Any]) -> None:
+    model, compiled, tokens = pair(shifted, **how)
+    loss, _ = compiled(tokens, tokens)
+    loss.backward()
+    want, _ = model(tokens, tokens)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(compiled.embedding.weight.grad, model.embedding.weight.grad)
+
+
+def test_dynamic_shapes() -> None:
+    model, compiled, _ = pair(shifted, dynamic=True)
+    for rows in (3, 5, 8):
+        tokens = torch.randint(0, V, (2, rows))
+        model.zero_grad(), compiled.zero_grad()
+        got, want = compiled(tokens, tokens), model(tokens, tokens)
+        got[0].backward(), want[0].backward()
+        torch.testing.assert_close(got[0], want[0])
+        torch.testing.assert_close(got[1] + 0, want[1])
+        same_gradients(compiled, model)
+
+
+# --- left alone -----------------------------------------------------------------------------------
+
+
+def weighted(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.arange(1.0, V + 1)), z
+
+
+def by_row(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.view(-1, V), y.view(-1), reduction="none").square().mean(), z
+
+
+def read_twice(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.view(-1, V), y.view(-1)) + z.logsumexp(-1).square().mean(), z
+
+
+def transposed(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.transpose(1, 2), y), z
+
+
+def written(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.mul_(2).view(-1, V), y.view(-1)), z
+
+
+def two(z: Tensor, y: Tensor) -> Built:
+    z = z.view(-1, V)
+    return F.cross_entropy(z, y.view(-1)) + F.cross_entropy(z, y.view(-1) * 0), z
+
+
+def soft(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.view(-1, V), F.one_hot(y.view(-1), V).float()), z
+
+
+def late_slice(z: Tensor, y: Tensor) -> Built:
+    return F.cross_entropy(z.view(-1, V)[:-1], y.reshape(-1)[1:]), z
+
+
+def view_returned(z: Tensor, y: Tensor) -> Built:
+    z = z.view(-1, V)
+    return F.cross_entropy(z, y.view(-1)), z
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (weighted, "class weights"),
+        (by_row, "the gradient of each row"),
+        (read_twice, "logsumexp reads the logits too"),
+        (transposed, "not one of rows"),
+        (written, "mul_ stands between"),
+        (two, "2 calls"),
+        (soft, "not one of rows"),
+        (late_slice, "sliced after a view"),
+        (view_returned, "as a view"),
+    ],
+)
+def test_other_losses_stay_whole_and_say_why(loss: Callable[..., Built], why: str) -> None:
+    model, compiled, tokens = pair(loss)
+    got, want = compiled(tokens, tokens), model(tokens, tokens)
+    assert type(got[1]) is Tensor
+    torch.testing.assert_close(got, want)
+    got[0].backward(), want[0].backward()
+    same_gradients(compiled, model)
+    assert why in str(memrewrite.report(compiled)).replace("\n", " ")
+
+
+def test_autocast_stays_whole() -> None:
+    model, compiled, tokens = pair(shifted)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(tokens, tokens), model(tokens, tokens)
+    torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=2e-2)
+    assert type(got[1]) is Tensor and "autocast" in str(memrewrite.report(compiled))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [("all", TypeError), (True, TypeError), (0, ValueError)]
+)
+def test_wrong_numbers_of_chunks_raise(wrong: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="loss_chunks"):
+        memrewrite.compile(nn.Linear(2, 2), loss_chunks=wrong)
+
+
+@pytest.mark.inductor
+def test_under_inductor_in_bfloat16_weights() -> None:
+    """No worse than whole logits, against float64."""
+    errors = []
+    for chunks in (None, "auto"):
+        torch.manual_seed(0)
+        model = Model(shifted)
+        exact, tokens = copy.deepcopy(model.bfloat16()).double(), torch.randint(0, V, (4, 32))
+        loss, _ = memrewrite.compile(model, loss_chunks=chunks)(tokens, tokens)
+        loss.backward()
+        exact(tokens, tokens)[0].backward()
+        grad, want = model.head.weight.grad.double(), exact.head.weight.grad
+        errors.append(((grad - want).norm() / want.norm()).item())
+    assert errors[1] <= 1.1 * errors[0] < 0.05
