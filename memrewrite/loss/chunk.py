@@ -70,7 +70,10 @@ def chunk_loss(gm: GraphModule, head: Head, chunks: int, trained: bool) -> Chunk
     for node in reversed(head.chain):
         graph.erase_node(new[node])
     graph.lint()
-    told = "the loss runs in chunks of rows, exactly: the logits are never whole"
+    told = (
+        "the loss runs in chunks of rows, exactly: the logits are never whole "
+        "(both totals count it so, without the chunks' own memory)"
+    )
     return Chunked(GraphModule(gm, graph), lazy, told, head.weights)
 
 

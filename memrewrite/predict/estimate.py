@@ -32,7 +32,7 @@ from memrewrite.predict.optimizer_state import Kept, state_of
 from memrewrite.predict.trace import moving_bytes, small_gradients, trace
 from memrewrite.record.decision import GraphRecord, MemoryRecord
 from memrewrite.record.formulas import Bytes, largest, read, symbols_of
-from memrewrite.session.session import known_session
+from memrewrite.session.session import Session, known_session
 from memrewrite.sites.options import refuse_options
 
 MakeOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None
@@ -193,8 +193,7 @@ def estimate(
     session, model = known_session(model), inner(model)
     galore = session.galore if session else None
     traced, fake = trace(model, args, kwargs, dynamic)
-    records = [binding.variant.record for binding in traced.bindings()]
-    records = [record for record in records if not record.inference]
+    records = _records(traced)
     if not records:
         raise UnsupportedError(
             "nothing in this call is trained: no parameter requires a gradient, or the model "
@@ -213,8 +212,11 @@ def estimate(
     program = _program(fake, records, "after", rewritten, symbols, gradients)
     if any(one.moves for one in small.values()):
         program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
+    whole = records
+    if session is not None and session.setting.loss_chunks is not None:
+        whole = _records(trace(model, args, kwargs, dynamic, chunked=False)[0])
     return Estimate(
-        _program(fake, records, "before", plain, symbols),
+        _program(fake, whole, "before", plain, symbols_of(whole)),
         program,
         {str(symbol): meaning for symbol, meaning in symbols.values()},
         dominates(records),
@@ -254,13 +256,18 @@ def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
 # --- totals --------------------------------------------------------------------------------
 
 
+def _records(traced: Session) -> list[GraphRecord]:
+    """Those of the graphs that train."""
+    records = (binding.variant.record for binding in traced.bindings())
+    return [record for record in records if not record.inference]
+
+
 def _with_sketches(
     program: Program, model: nn.Module, args: Any, kwargs: Any, dynamic: bool, kept: Kept
 ) -> Program:
     """The program with the peak of the steps whose gradients are sketched."""
     traced, fake = trace(model, args, kwargs, dynamic, settled=False)
-    records = [binding.variant.record for binding in traced.bindings()]
-    records = [record for record in records if not record.inference]
+    records = _records(traced)
     peaks = _program(fake, records, "after", kept, symbols_of(records))
     bases = moving_bytes(traced)  # in addition to projectors
     found = [peaks.forward_peak + bases, peaks.backward_peak + bases]

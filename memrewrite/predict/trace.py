@@ -18,12 +18,18 @@ from memrewrite.session.session import Session, known_session
 
 
 def trace(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: bool, settled: bool = True
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    dynamic: bool,
+    settled: bool = True,
+    chunked: bool = True,
 ) -> tuple[Session, nn.Module]:
     """Capture, rewrite and partition a fake copy of a model; returns its session and the copy.
 
     The options are those of the model's compile, or none. settled: for a step between two
-    refreshes of GaLore's projectors, not of a refresh. Raises UnsupportedError where capture fails.
+    refreshes of GaLore's projectors, not of a refresh. chunked: with the loss in chunks, if that
+    is among the options. Raises UnsupportedError where capture fails.
     """
     known = known_session(model)
     velora, galore = (known.velora, known.galore) if known else (None, None)
@@ -35,6 +41,7 @@ def trace(
     engine = Engine("trace", None, None, dynamic)
     methods = methods_for(velora, galore, activations, settled)
     session = Session(weakref.ref(fake), engine, methods, {}, velora, galore)
+    session.setting.loss_chunks = known.setting.loss_chunks if known and chunked else None
     try:
         with mode, torch.enable_grad():
             compiled: Any = torch.compile(call_of(fake), backend=session, dynamic=dynamic)

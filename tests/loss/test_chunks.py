@@ -261,6 +261,18 @@ def test_beside_other_methods(how: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled.embedding.weight.grad, model.embedding.weight.grad)
 
 
+def test_the_estimate_is_of_the_loss_in_chunks_beside_whole_logits() -> None:
+    model, compiled, tokens = pair(shifted)
+    compiled(tokens, tokens)
+    mine, whole = (
+        memrewrite.estimate(compiled, tokens, tokens),
+        memrewrite.estimate(model, tokens, tokens),
+    )
+    totals = memrewrite.report(compiled).to_dict()["totals"]
+    assert mine.rewritten.saved == totals["saved_bytes_after"] < whole.rewritten.saved
+    assert mine.plain == whole.plain
+
+
 def test_dynamic_shapes() -> None:
     model, compiled, _ = pair(shifted, dynamic=True)
     for rows in (3, 5, 8):
