@@ -91,8 +91,8 @@ def compile(
     request = {"velora": options, "galore": projection, **torch_compile_kwargs}
     request |= {"activations": activations} if activations is not None else {}
     request |= {"moments": moments} if moments is not None else {}
-    request |= {"loss_chunks": loss_chunks} if loss_chunks is not None else {}
     chunks = _chunks(loss_chunks)
+    request |= {"loss_chunks": loss_chunks} if chunks is not None else {}
     known = _sessions.get(model)
     if known is not None and model._compiled_call_impl is not None:
         if known.request == request:

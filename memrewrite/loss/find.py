@@ -41,6 +41,11 @@ class Head:
     returned: Node | None  # the node of the chain that the graph returns
 
 
+def has_loss(graph: Graph) -> bool:
+    """Whether the graph calls F.cross_entropy."""
+    return any(node.target is F.cross_entropy for node in graph.nodes)
+
+
 def find_head(graph: Graph) -> Head | str:
     """The head to chunk, or the reason why there is none."""
     losses = [n for n in graph.nodes if n.target is F.cross_entropy]

@@ -8,7 +8,7 @@ their autograd history, and works on those.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,10 +107,13 @@ def _value_of(value: Any) -> Any:
 
 def _reader() -> str:
     """File and line of what reads the values: the innermost frame outside of torch and here."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename != __file__ and "/torch/" not in frame.filename:
-            return f"{frame.filename}:{frame.lineno}"
-    return "unknown"
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if name != __file__ and "/torch/" not in name:
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> LazyLogits:

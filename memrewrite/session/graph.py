@@ -18,7 +18,7 @@ from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.port import Port, trained_outputs
 from memrewrite.loss.chunk import Chunked, Lazy, chunk_loss
-from memrewrite.loss.find import find_head
+from memrewrite.loss.find import find_head, has_loss
 from memrewrite.loss.lazy import lazily
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
@@ -42,7 +42,7 @@ class Variant:
     outputs: int | None = None  # number of original outputs, if extra ones follow
     observed: tuple[Part, list[int]] | None = None  # the method and weights of the extra ones
     chunked: Chunked | None = None
-    read: list[str] = field(default_factory=list)  # file and line of what read lazy logits
+    read: dict[str, None] = field(default_factory=dict)  # file:line of what read lazy logits
 
     def __post_init__(self) -> None:
         groups = [g for i in self.record.inputs for g in i.compressed.values()]
@@ -257,11 +257,14 @@ class Graph:
         if chunks is None or not self.training:
             return Chunked(self.gm)
         head = find_head(self.gm.graph)
-        if isinstance(head, str):
-            return Chunked(self.gm, told=f"the loss is not in chunks: {head}")
         taken = {ask.position for _, asks in asked for ask in asks}
-        if taken & {*head.weights}:
-            return Chunked(self.gm, told="the loss is not in chunks: a method takes the head")
+        if not isinstance(head, str) and taken & {*head.weights}:
+            head = "velora, galore or activations= selects the head; leave it out of their sites"
+        if isinstance(head, str):
+            told = f"the loss is not in chunks: {head}"
+            if has_loss(self.gm.graph):  # a graph without a loss may only be one part of a model
+                warn(f"loss_chunks: {told}")
+            return Chunked(self.gm, told=told)
         trained = any(args[i].requires_grad for i in head.weights)
         return chunk_loss(self.gm, head, chunks, trained)
 
@@ -276,12 +279,12 @@ class Graph:
 
 
 def _with_logits(
-    lazy: Lazy, read: list[str], args: Sequence[Any], results: Sequence[Any]
+    lazy: Lazy, read: dict[str, None], args: Sequence[Any], results: Sequence[Any]
 ) -> list[Any]:
     """The results, with logits that are computed when they are read."""
     found = list(results)
     parts = [found[lazy.output], *(args[i] for i in lazy.inputs)]
-    found[lazy.output] = lazily(lazy.make, parts, lazy.dtype, read.append)
+    found[lazy.output] = lazily(lazy.make, parts, lazy.dtype, read.setdefault)
     return found
 
 
