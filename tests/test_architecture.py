@@ -31,7 +31,7 @@ ARROWS = {
         *("compiler", "gradients", "methods", "moments", "parallel", "record", "session"),
         "sites",
     },
-    "optim": {"gradients", "methods", "moments", "session", "sites"},
+    "optim": {"gradients", "loss", "methods", "moments", "session", "sites"},
     "moments": {"compiler", "gradients", "passes", "record", "session", "sites"},
     "session": {"compiler", "gradients", "loss", "methods", "parallel", "record", "sites"},
     "loss": {"passes"},

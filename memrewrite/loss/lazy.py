@@ -3,7 +3,8 @@
 A chunked loss never has them whole, but the model still returns them. This tensor has their
 shape, dtype and device, and holds what they are made of: the head's input, its weight and its
 bias. Metadata and `detach` cost nothing; any other operation computes the logits once, with
-their autograd history, and works on those.
+their autograd history, and works on those. What an optimizer's step would change of it is kept
+before the step: see `memrewrite.loss.kept`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from memrewrite.loss.kept import Copies, copied, follow
 
 _T: Any = Tensor  # its properties are descriptors, which annotations do not know
 FREE = {
@@ -79,20 +82,42 @@ class LazyLogits(Tensor):
         made._make, made._read, made._versions = self._make, self._read, self._versions
         made._parts = [part.detach() for part in self._parts]
         made._value = None if self._value is None else self._value.detach()
+        follow(made)
         return made
 
+    def _keep(self, written: set[int], copies: Copies) -> None:
+        taken = [part.data_ptr() in written for part in self._parts]
+        if self._value is not None or not any(taken) or self._stale:
+            return
+        new = [p.nbytes for p, t in zip(self._parts, taken, strict=True) if t]
+        known = any(part.data_ptr() in copies for part in self._parts)
+        if not known and self.numel() * self.element_size() <= sum(new):
+            self._make_value()
+            return
+        both = zip(self._parts, taken, strict=True)
+        self._parts = [copied(part, copies) if t else part for part, t in both]
+        self._versions = [part._version for part in self._parts]
+
+    @property
+    def _stale(self) -> bool:
+        return [part._version for part in self._parts] != self._versions
+
     def _compute(self) -> Tensor:
-        """The logits. Raises RuntimeError if the head has been written to since the forward."""
-        if self._value is None:
-            if [part._version for part in self._parts] != self._versions:
-                raise RuntimeError(
-                    "the values of the logits are read after the head's weight has changed, and "
-                    "with loss_chunks they are computed when they are read; read them before "
-                    "optimizer.step(), or compile with loss_chunks=False"
-                )
-            with torch.set_grad_enabled(self._differentiable):
-                self._value = self._make(*self._parts)
-            self._read(_reader())
+        """The logits. Raises RuntimeError if the head was written to other than by an optimizer."""
+        if self._value is not None:
+            return self._value
+        if self._stale:
+            raise RuntimeError(
+                "the values of the logits are read after the head's weight was written to outside "
+                "of an optimizer's step, and with loss_chunks they are computed when they are "
+                "read; read them before that, or compile with loss_chunks=False"
+            )
+        self._read(_reader())
+        return self._make_value()
+
+    def _make_value(self) -> Tensor:
+        with torch.set_grad_enabled(self._differentiable):
+            self._value = self._make(*self._parts)
         return self._value
 
     @property
@@ -155,4 +180,5 @@ def lazily(
     made: LazyLogits = call(make, dtype, *parts)
     made._make, made._parts, made._read, made._value = make, list(parts), read, None
     made._versions = [part._version for part in parts]
+    follow(made)
     return made

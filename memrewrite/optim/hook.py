@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memrewrite.errors import warn
 from memrewrite.gradients.gradient import ProjectedGrad
+from memrewrite.loss.kept import keep_before
 from memrewrite.moments.factored import FactoredKind
 from memrewrite.moments.projected import Target, refresh_if_due
 from memrewrite.moments.projected_gradients import announce, given, is_small, receive
@@ -94,6 +95,7 @@ def updates_of(session: Session) -> list[Update]:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """The global pre-hook, which runs before the hooks of the optimizer."""
+    keep_before(parameter for _, parameter in members(optimizer))
     attachment = membership.attached(optimizer)
     attachment.factored, attachment.dense, attachment.collected = {}, {}, False
     if not attachment.state_hooks and live_sessions():
