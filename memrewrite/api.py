@@ -47,7 +47,7 @@ def compile(
     galore: GaLore | None = None,
     activations: Method | str | None = None,
     moments: Moment | str | None = None,
-    loss_chunks: int | Literal["auto"] | None = None,
+    loss_chunks: int | Literal["auto"] = "auto",
     **torch_compile_kwargs: Any,
 ) -> M:
     """Compile `model` in place so that training it needs less memory; returns `model`.
@@ -62,9 +62,9 @@ def compile(
         the name of a registered one), for the weights that velora does not select.
     moments: a storage format for Adam's moments (a `Moment`), for the weights whose state is
         neither projected nor factored.
-    loss_chunks: compute the head and its cross entropy in this many chunks of rows, or "auto"
-        (chunks of 32 MiB); exact. The logits that the model returns are then computed when
-        their values are read, which must be before optimizer.step().
+    loss_chunks: the head and its cross entropy run in chunks of rows, exactly, and the logits
+        that the model returns are computed when something reads their values. "auto": where
+        the logits are more than two chunks of 8 to 32 MiB; a number: always; False: never.
     mode, options, dynamic, fullgraph, disable: as in torch.compile.
     backend: "inductor", or "aot_eager" to run the rewritten graphs without code generation.
 
@@ -92,7 +92,7 @@ def compile(
     request |= {"activations": activations} if activations is not None else {}
     request |= {"moments": moments} if moments is not None else {}
     chunks = _chunks(loss_chunks)
-    request |= {"loss_chunks": loss_chunks} if chunks is not None else {}
+    request |= {"loss_chunks": loss_chunks} if chunks != 0 else {}
     known = _sessions.get(model)
     if known is not None and model._compiled_call_impl is not None:
         if known.request == request:
@@ -195,9 +195,9 @@ def _chunks(asked: Any) -> int | None:
     if asked == "auto":
         return 0
     if type(asked) is not int:
-        raise TypeError(f"loss_chunks={asked!r}: pass a number of chunks, 'auto' or None")
+        raise TypeError(f"loss_chunks={asked!r}: pass 'auto', a number of chunks, or False")
     if asked < 1:
-        raise ValueError(f"loss_chunks={asked}: at least 1, or 'auto'")
+        raise ValueError(f"loss_chunks={asked}: at least 1, or False")
     return asked
 
 

@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**25  # of one chunk's logits where the number of chunks is not given
+# Where the number of chunks is not given: matmuls of fewer rows are slow, larger chunks free less.
+CHUNK_ROWS, CHUNK_BYTES, LARGEST = 256, 2**23, 2**25  # bytes of a chunk's logits
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def rows_of_chunk(rows: int, vocabulary: int, itemsize: int, chunks: int) -> int:
-    """Rows per chunk; chunks = 0 chooses them by CHUNK_BYTES."""
+    """Rows per chunk; chunks = 0 chooses them."""
     if chunks:
         return max(1, math.ceil(rows / chunks))
-    return max(1, min(rows, CHUNK_BYTES // (vocabulary * itemsize)))
+    row = vocabulary * itemsize
+    return max(1, min(rows, max(CHUNK_BYTES // row, min(CHUNK_ROWS, LARGEST // row))))
 
 
 def chunked_loss(

@@ -33,7 +33,9 @@ ARROWS = {
     },
     "optim": {"gradients", "loss", "methods", "moments", "session", "sites"},
     "moments": {"compiler", "gradients", "passes", "record", "session", "sites"},
-    "session": {"compiler", "gradients", "loss", "methods", "parallel", "record", "sites"},
+    "session": {
+        *("compiler", "gradients", "loss", "methods", "parallel", "passes", "record", "sites"),
+    },
     "loss": {"passes"},
     "compiler": {"calibration", "gradients", "methods", "passes", "record", "sites"},
     "methods": {"calibration", "gradients", "passes", "sites"},

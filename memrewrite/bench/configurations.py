@@ -9,6 +9,7 @@
 
     activations-NAME           memrewrite with a registered method for activations
     moments-NAME               memrewrite with a registered form of Adam's moments
+    chunks-N                   memrewrite with loss_chunks=N; 0: whole logits
     dense                      VeLoRA with full-size gradients and moments
     pushed                     GaLore with gradients in the projector's coordinates
     staggered                  GaLore with refreshes spread over all steps
@@ -52,7 +53,7 @@ OPTIMIZERS = {  # part -> package that must be installed
 CONTROLLED: tuple[Controlled, ...] = ("auto", "all", "galore")
 PARAMETRIC = (
     *("velora-auto-16", "velora-all-16", "budget-0.5", "fp8-2.5", "peft-velora-16"),
-    "slowed-auto-0.25",
+    *("slowed-auto-0.25", "chunks-8"),
 )
 # MiB; torch's default, 100, excludes the activations of small models. With 0 the masks of
 # 8 x 256 tokens (2 MiB) are rounded too, and the gradients of LLaMA and GPT-2 are not finite.
@@ -63,9 +64,9 @@ FP8_FROM = 2.5
 class Configuration:
     """One row of the table.
 
-    velora: M, or None. budget, ...: torch's settings. exact: gradients are those of the plain
-    model and the optimizer is Adam, so that only cost can differ. slowed: the sites with smaller
-    steps, slowdown: their factor.
+    velora: M, or None. chunks: of the loss; None: as many as pay, 0: whole logits. budget, ...:
+    torch's settings. exact: gradients are those of the plain model and the optimizer is Adam,
+    so that only cost can differ. slowed: the sites with smaller steps, slowdown: their factor.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Configuration:
     dense: bool = False
     activations: str | None = None
     moments: str | None = None
+    chunks: int | None = None
     galore: bool = False
     pushed: bool = False
     staggered: bool = False
@@ -220,6 +222,8 @@ def _meaning(part: str) -> dict[str, Any]:
     for controlled in CONTROLLED:
         if kind == f"slowed-{controlled}" and _is_share(value):
             return {"slowed": controlled, "slowdown": float(value)}
+    if kind == "chunks" and value.isdecimal():
+        return {"engine": "memrewrite", "chunks": int(value)}
     if value.isdecimal() and int(value):
         if kind == "peft-velora":
             return {"engine": "eager", "peft_velora": int(value)}

@@ -40,6 +40,11 @@ class Head:
     upcast: bool
     returned: Node | None  # the node of the chain that the graph returns
 
+    @property
+    def logits(self) -> Tensor:
+        """Those that the loss reads, fake; (N, V)."""
+        return value_of(options_of(self.loss)["input"])
+
 
 def has_loss(graph: Graph) -> bool:
     """Whether the graph calls F.cross_entropy."""

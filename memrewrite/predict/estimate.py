@@ -213,7 +213,9 @@ def estimate(
     if any(one.moves for one in small.values()):
         program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
     whole = records
-    if session is not None and session.setting.loss_chunks is not None:
+    if any(
+        binding.variant.chunked and binding.variant.chunked.head for binding in traced.bindings()
+    ):
         whole = _records(trace(model, args, kwargs, dynamic, chunked=False)[0])
     return Estimate(
         _program(fake, whole, "before", plain, symbols_of(whole)),

@@ -41,7 +41,8 @@ def trace(
     engine = Engine("trace", None, None, dynamic)
     methods = methods_for(velora, galore, activations, settled)
     session = Session(weakref.ref(fake), engine, methods, {}, velora, galore)
-    session.setting.loss_chunks = known.setting.loss_chunks if known and chunked else None
+    wanted = known.setting.loss_chunks if known else 0
+    session.setting.loss_chunks = wanted if chunked else None
     try:
         with mode, torch.enable_grad():
             compiled: Any = torch.compile(call_of(fake), backend=session, dynamic=dynamic)

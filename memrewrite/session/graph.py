@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 
 from memrewrite.compiler.absence import with_undefined_tangents
 from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
+from memrewrite.compiler.sizes import hint
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
 from memrewrite.gradients.port import Port, trained_outputs
 from memrewrite.loss.chunk import Chunked, Lazy, chunk_loss
-from memrewrite.loss.find import find_head, has_loss
+from memrewrite.loss.find import Head, find_head, has_loss
 from memrewrite.loss.lazy import lazily
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
@@ -27,6 +28,7 @@ from memrewrite.record.decision import GraphRecord
 from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Choice, Part, choose
+from passes.chunked_loss import rows_of_chunk
 
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
 Asked = list[tuple[Part, list[Ask]]]
@@ -100,7 +102,7 @@ class Setting:
     group: Callable[[], Any]  # the process group that trains the model together
     foresee: Callable[[], None]  # called before a graph is first compiled
     adopt: Callable[[], None]  # called before every call
-    loss_chunks: int | None = None  # 0: as many as their bytes ask for; None: whole logits
+    loss_chunks: int | None = 0  # 0: where it pays, as many as then; None: whole logits
     full: str | None = None  # why gradients stay full-size; None if they may be small
 
 
@@ -260,9 +262,13 @@ class Graph:
         taken = {ask.position for _, asks in asked for ask in asks}
         if not isinstance(head, str) and taken & {*head.weights}:
             head = "velora, galore or activations= selects the head; leave it out of their sites"
+        if not isinstance(head, str) and not chunks:
+            head = _too_small(head) or head
         if isinstance(head, str):
+            if not has_loss(self.gm.graph):  # it may only be one part of a model
+                return Chunked(self.gm)
             told = f"the loss is not in chunks: {head}"
-            if has_loss(self.gm.graph):  # a graph without a loss may only be one part of a model
+            if chunks:  # a number is a request
                 warn(f"loss_chunks: {told}")
             return Chunked(self.gm, told=told)
         trained = any(args[i].requires_grad for i in head.weights)
@@ -276,6 +282,16 @@ class Graph:
         )
         warn(f"some layers run uncompiled, with exact gradients: {reason}")
         return Variant(self.gm, GraphRecord(failure=reason))
+
+
+def _too_small(head: Head) -> str | None:
+    """Why chunks do not pay, or None: two of them are alive at a time."""
+    rows, vocabulary = (hint(size) for size in head.logits.shape)
+    itemsize = head.logits.dtype.itemsize
+    if rows >= 2 * rows_of_chunk(rows, vocabulary, itemsize, 0):
+        return None
+    size = rows * vocabulary * itemsize
+    return f"the logits take {size / 2**20:.1f} MiB, less than two chunks"
 
 
 def _with_logits(

@@ -131,6 +131,9 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
         )
         wanted = galore if configuration.galore else None
         other: Any = {"activations": configuration.activations, "moments": configuration.moments}
+        other["loss_chunks"] = (
+            "auto" if configuration.chunks is None else configuration.chunks or False
+        )
         memrewrite.compile(model, velora=velora if size else False, galore=wanted, **other)
 
 
