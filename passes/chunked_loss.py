@@ -12,7 +12,8 @@ Identity: rows are independent. With p = softmax(z) and t the smoothed one-hot t
 so that a chunk of rows yields its loss, its rows of dh, and its terms of dw and db; the next chunk
 reuses its memory. c is 1, or for a mean the number of labels that are not ignored. Backward
 multiplies the gradients by that of the loss, usually 1: no more matmuls than before, and no other
-rounding. f is a chain of scales and tanh (logit scale, soft cap).
+rounding. f is a chain of scales and tanh (logit scale, soft cap). A method that compresses the
+input of the head (`passes.joint.velora`) lets dw read x in place of h; nothing else reads x.
 Source: Luo et al. 2024, MiniSequence (arXiv 2407.15892); gradients in the forward as in Liger
 (arXiv 2410.10989).
 """
@@ -51,21 +52,24 @@ def chunked_loss(
     mean: bool,
     chunks: int,
     trained: bool,
+    x: Tensor | None = None,  # (N, G)
 ) -> Results:
     """The loss, and its gradients of h, w and bias.
 
     `steps` are f: a number scales by it, 0.0 is tanh. Sums over chunks are float32 at least.
-    Without `trained`, the gradients of w and bias are empty.
+    Without `trained`, the gradients of w and bias are empty. With `x`, dw is f'(dz)^T x (V, G).
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     inner = wide if upcast else h.dtype
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dw = torch.zeros(w.shape if trained else (0,), dtype=wide, device=w.device)
+    x = h if x is None else x
+    dw = torch.zeros((w.shape[0], x.shape[1]) if trained else (0,), dtype=wide, device=w.device)
     db = torch.zeros(w.shape[0] if _moves(bias, trained) else 0, dtype=wide, device=w.device)
     total = torch.zeros((), dtype=wide, device=h.device)
     count = (labels != ignore_index).sum().to(wide) if mean else torch.ones_like(total)
     rows = rows_of_chunk(h.shape[0], w.shape[0], inner.itemsize, chunks)
-    for part, mine, y in zip(*(torch.split(t, rows) for t in (h, dh, labels)), strict=True):
+    parts = (torch.split(t, rows) for t in (h, x, dh, labels))
+    for part, read, mine, y in zip(*parts, strict=True):
         z = torch.nn.functional.linear(part, w, bias).to(inner)  # (rows, V)
         slopes = _forward(z, steps)
         loss, dz = _loss(z, y, ignore_index, label_smoothing, count)
@@ -73,9 +77,9 @@ def chunked_loss(
         dz = _backward(dz, steps, slopes).to(h.dtype)
         torch.mm(dz, w, out=mine)
         if trained and wide == dz.dtype:
-            dw.addmm_(dz.t(), part)
+            dw.addmm_(dz.t(), read)
         elif trained:
-            dw += dz.t() @ part
+            dw += dz.t() @ read
         if _moves(bias, trained):
             db += dz.sum(0, dtype=wide)
     return (total / count if mean else total).to(inner), dh, dw.to(w.dtype), db.to(w.dtype)
@@ -121,30 +125,35 @@ def _loss(
     return loss, dz.div_(count).masked_fill_(~kept, 0)
 
 
-def _shapes(h: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Results:
-    upcast, trained = rest[2], rest[-1]
+def _shapes(
+    h: Tensor, w: Tensor, bias: Tensor | None, *rest: Any, x: Tensor | None = None
+) -> Results:
+    upcast, trained = rest[2], rest[7]
+    x = rest[8] if len(rest) > 8 else x
     wide = torch.promote_types(h.dtype, torch.float32)
     db = w.new_empty(w.shape[0] if _moves(bias, trained) else 0)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dw = w.new_empty(w.shape if trained else (0,))
+    width = w.shape[1] if x is None else x.shape[1]
+    dw = w.new_empty((w.shape[0], width) if trained else (0,))
     return h.new_empty((), dtype=wide if upcast else h.dtype), dh, dw, db
 
 
 def _keep(ctx: Any, inputs: Any, output: Results) -> None:
-    ctx.trained, ctx.biased = inputs[-1], _moves(inputs[2], inputs[-1])
+    ctx.trained, ctx.biased = inputs[10], _moves(inputs[2], inputs[10])
     ctx.save_for_backward(*output[1:])
 
 
 def _scaled(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
     dh, dw, db = ((d.to(g.dtype) * g).to(d.dtype) for d in ctx.saved_tensors)
-    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 8
+    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 9
 
 
 _Library: Any = torch.library.Library
 _library = _Library("memrewrite", "FRAGMENT")
 _library.define(
     "chunked_loss(Tensor h, Tensor w, Tensor? bias, Tensor labels, float[] steps, bool upcast, "
-    "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained) "
+    "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained, "
+    "Tensor? x=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("chunked_loss", chunked_loss, "CompositeExplicitAutograd")
@@ -153,3 +162,4 @@ torch.library.register_autograd(
     "memrewrite::chunked_loss", _scaled, setup_context=_keep, lib=_library
 )
 op = torch.ops.memrewrite.chunked_loss.default
+DW, X = 2, 11  # positions of dw among the results, and of x among the arguments

@@ -75,7 +75,10 @@ class Compile:
 def rewrite(gm: GraphModule, request: Request, todo: list[Pass], state: Compile) -> None:
     """Run the passes on an annotated joint graph; if one fails, warn and keep the exact graph."""
     found = weight_gradients(gm.graph, set(request.weights))
-    state.groups = shared_inputs(found.gradients)
+    narrow = {a.position for task in request.tasks if task.method.narrows for a in task.asks}
+    # A loss in chunks saves no activation: only a method that makes dw narrower has a decision.
+    groups = shared_inputs(g for g in found.gradients if not g.chunked or g.weight in narrow)
+    state.groups = groups
     state.record = record = GraphRecord(refused=dict(found.refused))
     record.inputs = inputs_of(state.groups, request.tasks)
     record.symbols = symbols(gm.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,9 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from passes import chunked_loss
 from passes.base import Pass, aten, copy_graph, operand
+from passes.joint.find import is_chunked
 from passes.ops import port_attach
 
 
@@ -88,13 +91,19 @@ def _check(graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], o
 
 
 def _computed(graph: Graph) -> list[Any]:
-    """Per output, a hash of the operations that compute it; clone and attach count as none."""
+    """Per output, a hash of the operations that compute it; clone and attach count as none.
+
+    Of the results of a chunked loss, dw alone depends on x.
+    """
     known: dict[Node, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             known[node] = hash(node.name)
         elif node.target in (aten.clone.default, port_attach):
             known[node] = known[operand(node, 0)]
+        elif node.target is operator.getitem and operand(node, 0).target is chunked_loss.op:
+            read = operand(node, 0).args[: None if is_chunked(node) else chunked_loss.X]
+            known[node] = hash((node.args[1], str(map_arg(read, lambda n: known[n]))))
         else:
             read = map_arg((node.args, node.kwargs), lambda n: known[n])
             known[node] = hash((str(node.target), str(read)))

@@ -174,6 +174,7 @@ class Method:
     compresses: ClassVar[bool] = True  # x itself: a report names the weights that read z
     moves: ClassVar[bool] = False  # its asks change from step to step
     factors: ClassVar[bool] = False  # Adam's moments may be of the small gradient, exactly
+    narrows: bool = False  # also the gradient of a head whose loss runs in chunks
     small: bool = False  # gradients may be returned in a small form
     forms: ClassVar[Sequence[bool | None]] = (None,)  # values of `form` in `ask`
 

@@ -55,6 +55,10 @@ class SubTokens(Method):
     def small(self) -> bool:  # type: ignore[override]
         return not self.options.full_gradients
 
+    @property
+    def narrows(self) -> bool:  # type: ignore[override]
+        return self.options.init != "running_mean"  # which reads the head's input in Dynamo's graph
+
     def select(self, found: Sequence[Weight]) -> set[str]:
         return select(list(found), self.options.sites)
 

@@ -247,9 +247,10 @@ class Graph:
                 observed = part, positions
         request = self._request(len(args), asked)
         compiled, record = capture(gm, args, request, self.setting.engine)
-        record.refused |= dict.fromkeys(
-            chunked.head, "its gradient is computed with the loss, in chunks"
-        )
+        compressed = {weight for entry in record.inputs for weight in entry.weights}
+        exact = [weight for weight in chunked.head if weight not in compressed]
+        reason = "its gradient is computed with the loss, in chunks"
+        record.refused |= dict.fromkeys(exact, reason)
         compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed, chunked)
 
@@ -259,9 +260,9 @@ class Graph:
         if chunks is None or not self.training:
             return Chunked(self.gm)
         head = find_head(self.gm.graph)
-        taken = {ask.position for _, asks in asked for ask in asks}
+        taken = {a.position for part, asks in asked if not part.method.narrows for a in asks}
         if not isinstance(head, str) and taken & {*head.weights}:
-            head = "velora, galore or activations= selects the head; leave it out of their sites"
+            head = "galore or activations= selects the head; leave it out of their sites"
         if not isinstance(head, str) and not chunks:
             head = _too_small(head) or head
         if isinstance(head, str):

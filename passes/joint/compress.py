@@ -71,7 +71,8 @@ def compress_activations(
     def rewrite(gm: GraphModule) -> None:
         place = arguments(gm.graph)
         for group in chosen_groups(gm.graph, weights, inputs):
-            if codec.why_not(value_of(group[0])) is None:
+            # A loss in chunks has computed its weight gradient before there is anything to save.
+            if not group[0].chunked and codec.why_not(value_of(group[0])) is None:
                 leader = min(gradient.weight for gradient in group)
                 _compress(group, codec, [place[i] for i in inputs[leader]])
 
@@ -168,6 +169,8 @@ def rows(gradient: WeightGradient) -> Node:
 def read_instead(gradient: WeightGradient, x_hat: Node, scale: float = 1.0) -> None:
     """Let the matmul of a weight gradient read x^ (N, D) in place of x."""
     matmul = gradient.matmul
+    if gradient.chunked:
+        return _read_in_chunks(matmul, x_hat, scale)
     left, right = operand(matmul, 0), operand(matmul, 1)
     if gradient.transposed:
         left = call(matmul, aten.permute.default, x_hat, [1, 0])  # (D, N)
@@ -177,6 +180,16 @@ def read_instead(gradient: WeightGradient, x_hat: Node, scale: float = 1.0) -> N
     scaled = product if scale == 1.0 else call(matmul, aten.mul.Tensor, product, scale)
     matmul.replace_all_uses_with(scaled)
     matmul.graph.erase_node(matmul)
+
+
+def _read_in_chunks(dw: Node, x_hat: Node, scale: float) -> None:
+    loss = operand(dw, 0)
+    loss.replace_all_uses_with(call(loss, loss.target, *loss.args, x_hat))
+    loss.graph.erase_node(loss)
+    if scale != 1.0:
+        scaled = call(dw, aten.mul.Tensor, dw, scale)
+        dw.replace_all_uses_with(scaled)
+        scaled.replace_input_with(scaled, dw)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

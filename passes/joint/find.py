@@ -8,16 +8,22 @@ For y = x W^T with x (N, D), W (O, D) and dy (N, O), reverse mode leaves in the 
 possibly under views and casts, possibly as one term of a sum where W has several uses.
 The search starts at the gradient that is returned for W, so that the weight is certain,
 and stops at any other operation: no other pattern is rewritten. Reads the graph only.
+
+The gradient of a head whose loss runs in chunks is g dw, where dw is a result of
+`passes.chunked_loss`; its activation is what dw reads there.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
+from passes import chunked_loss
 from passes.base import (
     CASTS,
     aten,
@@ -32,6 +38,7 @@ from passes.base import (
 )
 from passes.ops import velora_reconstruct
 
+SAME = CASTS | {aten.alias.default}
 BATCHED = (
     "its gradient is a batched matmul (of einsum or bmm), which is not rewritten; F.linear(x, W) "
     "or x @ W is"
@@ -49,6 +56,7 @@ class WeightGradient:
     features: int  # D, the channels of x
     matmul_name: str  # a name identifies a node in every copy of the graph
     storage_name: str  # of the activation's `base_of`
+    chunked: bool = False  # `matmul` is the dw of a chunked loss, and computed in the forward
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,10 @@ def weight_gradients(graph: Graph, weights: set[int]) -> Found:
         if weight not in weights or not isinstance(node, Node):
             continue
         terms = list(_terms(node, output))
-        matches = [_match(weight, term, backward, activations) for term in terms]
+        matches = [
+            _match(weight, term, backward, activations) or _match_chunked(weight, term)
+            for term in terms
+        ]
         found += [match for match in matches if match]
         if not any(matches):
             refused[weight] = _reason(terms)
@@ -121,6 +132,37 @@ def _match(
     if features is None:
         return None  # a dynamic number of features has no static number of sub-tokens
     return WeightGradient(weight, node, x, transposed, features, node.name, base_of(x).name)
+
+
+def _match_chunked(weight: int, node: Node) -> WeightGradient | None:
+    while len(node.users) == 1 and (node.target in SAME or scaled_by_tensor(node)):
+        node = operand(node, 0)
+    if not is_chunked(node) or len(node.users) != 1:
+        return None
+    loss = operand(node, 0)
+    x = operand(loss, 0)
+    if len(loss.args) > chunked_loss.X:
+        return None  # compressed already
+    features = fixed(x.meta["val"].shape[1])
+    if features is None:
+        return None
+    name = base_of(x).name
+    return WeightGradient(weight, node, x, False, features, node.name, name, chunked=True)
+
+
+def is_chunked(node: Node) -> bool:
+    """Whether a node is the dw of a loss in chunks."""
+    if node.target is not operator.getitem or node.args[1] != chunked_loss.DW:
+        return False
+    return operand(node, 0).target is chunked_loss.op
+
+
+def scaled_by_tensor(node: Node) -> bool:
+    """Whether a node is x times a tensor without dimensions, such as the gradient of a loss."""
+    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], Node):
+        return False
+    factor = node.args[1].meta["val"]
+    return bool(isinstance(factor, Tensor) and factor.ndim == 0)
 
 
 def _reason(terms: list[Node]) -> str:

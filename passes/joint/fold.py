@@ -9,6 +9,9 @@
                        z --> permute --> mm(z^T, b) --> permute --> reconstruct(., v) --> permute
                              (G, N)      (G, O)         (O, G)      (O, D)                (D, O)
 
+    chunked_loss(h, ..., x^) --> dw                 chunked_loss(h, ..., z) --> dw --> reconstruct
+                             (O, D)                                         (O, G)     (O, D)
+
 Identity: reconstruct is linear and acts on rows independently, so a matmul over the rows
 commutes with it:  a (z (x) v) = (a z) (x) v.  The matmul is M times narrower, and the
 only full-size tensor left is dW itself. Source: design; checked in float64 by tests.
@@ -18,7 +21,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from passes import chunked_loss
 from passes.base import Pass, aten, call, is_transpose, operand
+from passes.joint.find import is_chunked
 from passes.ops import velora_reconstruct
 
 
@@ -32,6 +37,10 @@ def fold_reconstruction() -> Pass:
                 _replace(node, _folded(node, left, right))
             elif _transposed_reconstruction(left):
                 _replace(node, _folded_across(node, operand(left, 0), right))
+        for node in gm.graph.find_nodes(op="call_function", target=chunked_loss.op):
+            x_hat = node.args[chunked_loss.X] if len(node.args) > chunked_loss.X else None
+            if isinstance(x_hat, Node) and x_hat.target is velora_reconstruct:
+                _fold_in_chunks(node, x_hat)
         gm.graph.eliminate_dead_code()
 
     identity = "dy^T (z (x) v) = (dy^T z) (x) v: a matmul M times narrower, and no x_hat"
@@ -55,6 +64,17 @@ def _folded_across(matmul: Node, x_hat: Node, columns: Node) -> Node:
     rows = call(matmul, aten.permute.default, small, [1, 0])  # (O, G)
     full = call(matmul, velora_reconstruct, rows, v, features)  # (O, D)
     return call(matmul, aten.permute.default, full, [1, 0])  # (D, O)
+
+
+def _fold_in_chunks(loss: Node, x_hat: Node) -> None:
+    z, v, features = x_hat.args
+    new = call(loss, loss.target, *loss.args[: chunked_loss.X], z)
+    _replace(loss, new)
+    for dw in filter(is_chunked, list(new.users)):
+        dw.meta["val"] = new.meta["val"][chunked_loss.DW]  # (O, G)
+        full = call(dw, velora_reconstruct, dw, v, features)  # (O, D)
+        dw.replace_all_uses_with(full)
+        full.replace_input_with(full, dw)
 
 
 def _replace(node: Node, replacement: Node) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from passes.base import (
-    CASTS,
     CONVERT,
     Pass,
     aten,
@@ -32,6 +31,7 @@ from passes.base import (
     operand,
 )
 from passes.joint.attach import detach_ports, is_zeros_of_port
+from passes.joint.find import SAME, scaled_by_tensor
 from passes.ops import velora_reconstruct
 
 
@@ -40,7 +40,7 @@ class Coordinates:
     """A gradient that is factor * reconstruct(small, v)."""
 
     small: Node  # (O, G)
-    factors: tuple[float, ...]
+    factors: tuple[float | Node, ...]  # a node: a tensor without dimensions
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _coordinates(node: Any, user: Node, left: bool, make: bool = True) -> Coordi
 
     make: insert the transpose that A needs; False leaves the graph as it is.
     """
-    factors: list[float] = []
+    factors: list[float | Node] = []
     transposed = False
     while isinstance(node, Node) and set(node.users) == {user}:
         if node.target is velora_reconstruct:
@@ -101,9 +101,11 @@ def _coordinates(node: Any, user: Node, left: bool, make: bool = True) -> Coordi
             return Coordinates(small, tuple(factors)) if transposed == left else None
         if node.target is aten.mul.Tensor and isinstance(node.args[1], float):
             factors.append(node.args[1])
+        elif scaled_by_tensor(node):
+            factors.append(operand(node, 1))
         elif is_transpose(node):
             transposed = not transposed
-        elif node.target not in CASTS:
+        elif node.target not in SAME:
             return None
         node, user = operand(node, 0), node
     return None

@@ -314,8 +314,36 @@ def test_beside_other_methods(how: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled.embedding.weight.grad, model.embedding.weight.grad)
 
 
-def test_a_head_that_a_method_takes_stays_whole() -> None:
-    _, compiled, tokens = pair(shifted, velora=memrewrite.VeLoRA(5, ["head"]))
+def full(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if type(gradient) is memrewrite.ProjectedGrad else gradient
+
+
+VELORA = [
+    {"velora": memrewrite.VeLoRA(1 + size, ["head", "body"], scale=scale, gradients=form)}
+    for size, scale, form in [(1, 1.0, "coordinates"), (4, 1.0, "dense"), (1, 2.0, "coordinates")]
+]
+
+
+@pytest.mark.parametrize("how", [*VELORA, {**VELORA[0], "bias": True}, {**VELORA[0], "tied": True}])
+@pytest.mark.parametrize("loss", [shifted, capped])
+def test_velora_at_the_head_is_that_of_whole_logits(how: dict[str, Any], loss: Any) -> None:
+    """Same v, same z: the coordinates are equal, and no gradient of the head is full-size."""
+    _, whole, tokens = pair(loss, loss_chunks=False, **how)
+    _, compiled, _ = pair(loss, **how)
+    for _ in range(2):
+        for net in (whole, compiled):
+            net.zero_grad()
+            value, z = net(tokens, tokens)
+            (3 * value).backward()
+        assert type(z) is LazyLogits
+        for p, q in zip(compiled.parameters(), whole.parameters(), strict=True):
+            assert type(p.grad) is type(q.grad)
+            torch.testing.assert_close(full(p.grad), full(q.grad))
+
+
+def test_a_head_that_another_method_takes_stays_whole() -> None:
+    other = memrewrite.VeLoRA(5, ["head"], init="running_mean")
+    _, compiled, tokens = pair(shifted, velora=other)
     with pytest.warns(memrewrite.MemrewriteWarning, match="leave it out of their sites"):
         _, logits = compiled(tokens, tokens)
     assert type(logits) is Tensor
