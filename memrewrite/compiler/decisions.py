@@ -87,6 +87,7 @@ def settle(record: GraphRecord, groups: Groups, before: Kept, after: Kept, backw
                 entry.small_bytes[mark.method] = known + hint(tensor_bytes(node))
         entry.after = sum(entry.small_bytes.values()) + (hint(tensor_bytes(x)) if x else 0)
         entry.outcome = "kept" if x else "replaced" if entry.small_bytes else "recomputed"
+        entry.outcome = "chunked" if group[0].chunked else entry.outcome
         mine = set(entry.compressed)
         entry.kept_by = _reader_names(backward, after.views[x], served, mine) if x else []
     record.kept_before, record.kept_after = hint(before.bytes), hint(after.bytes)

@@ -94,6 +94,8 @@ def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str
         return f"x kept alive by {by}: frees no bytes{gain}"
     if entry.outcome == "recomputed":
         return f"x recomputed in backward, so nothing is saved{gain}"
+    if entry.outcome == "chunked":
+        return f"its gradient is computed with the loss, in chunks{gain}"
     if method.name in entry.small_bytes:
         return f"{method.kept} saved in place of x"
     return f"{_small(session, entry)} of the weights that share it saved in place of x"

@@ -1,7 +1,8 @@
 """The MODEL argument of the command line: models and inputs by description.
 
 A MODEL is a Hugging Face config.json, one of the GaLore paper's LLaMA shapes by name
-(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, or `module:function`,
+(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, smollm2 with its real
+weights (`memrewrite.predict.pretrained`), or `module:function`,
 a callable that returns (model, args, kwargs).
 """
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memrewrite.predict import pretrained
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # hidden, intermediate, layers, heads, key-value heads; vocabulary 32000. GaLore: arXiv
@@ -32,7 +35,7 @@ LLAMA = {
     "llama-7b": (4096, 11008, 32, 32, 32),
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
-NAMES = (*LLAMA, "gpt2-small", "vit-small")
+NAMES = (*LLAMA, "gpt2-small", "vit-small", *pretrained.PACKAGES)
 DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # names in configs
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
@@ -55,6 +58,10 @@ def from_config(
 
     dropout: False sets every dropout rate to 0. Raises ValueError for an unknown config.
     """
+    if name in pretrained.PACKAGES:
+        if vocab is not None or layers is not None:
+            raise ValueError(f"{name} is pretrained: its vocabulary and its layers are given")
+        return pretrained.load(name, dtype)
     config = config_of(name)
     if vocab is not None:
         config.vocab_size = vocab

@@ -30,7 +30,8 @@ class InputRecord:
     small_bytes: dict[str, int] = field(default_factory=dict)  # method -> bytes of its z
     before: int = 0  # bytes saved by torch.compile's default partition
     after: int = 0  # bytes saved by ours: the activation, or its compressed form, or nothing
-    outcome: Literal["recomputed", "replaced", "kept"] = "recomputed"
+    # "chunked": its weight gradient is computed with the loss, in the forward
+    outcome: Literal["recomputed", "replaced", "kept", "chunked"] = "recomputed"
     kept_by: list[str] = field(default_factory=list)
     declined: dict[int, str] = field(default_factory=dict)  # weight -> why a method declined it
 
