@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 # Where the number of chunks is not given: matmuls of fewer rows are slow, larger chunks free less.
 CHUNK_ROWS, CHUNK_BYTES, LARGEST = 256, 2**23, 2**25  # bytes of a chunk's logits
@@ -36,8 +37,26 @@ def rows_of_chunk(rows: int, vocabulary: int, itemsize: int, chunks: int) -> int
     """Rows per chunk; chunks = 0 chooses them."""
     if chunks:
         return max(1, math.ceil(rows / chunks))
-    row = vocabulary * itemsize
-    return max(1, min(rows, max(CHUNK_BYTES // row, min(CHUNK_ROWS, LARGEST // row))))
+    return min(rows, rows_by_bytes(vocabulary * itemsize))
+
+
+def rows_by_bytes(row: int) -> int:
+    """Rows per chunk of logits that take `row` bytes a row."""
+    return max(1, CHUNK_BYTES // row, min(CHUNK_ROWS, LARGEST // row))
+
+
+def workspace_of(node: Node) -> Any:
+    """Bytes that are alive within the operation: z and an exponential, and dw before rounding."""
+    values: list[Any] = [n.meta["val"] if isinstance(n, Node) else n for n in node.args]
+    h, w, upcast, chunks = (values[i] for i in (0, 1, 5, 9))
+    x = values[X] if len(values) > X else None
+    wide = torch.promote_types(h.dtype, torch.float32)
+    itemsize = (wide if upcast else h.dtype).itemsize
+    by_bytes = rows_by_bytes(w.shape[0] * itemsize)
+    rows = -(-h.shape[0] // chunks) if chunks else by_bytes  # (a minimum would guard N)
+    width = (h if x is None else x).shape[1]
+    rounded = w.shape[0] * width * wide.itemsize if w.dtype != wide else 0
+    return 2 * rows * w.shape[0] * itemsize + rounded
 
 
 def chunked_loss(

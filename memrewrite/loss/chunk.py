@@ -70,11 +70,7 @@ def chunk_loss(gm: GraphModule, head: Head, chunks: int, trained: bool) -> Chunk
     for node in reversed(head.chain):
         graph.erase_node(new[node])
     graph.lint()
-    told = (
-        "the loss runs in chunks of rows, exactly: the logits are never whole "
-        "(both totals count it so, without the chunks' own memory)"
-    )
-    return Chunked(GraphModule(gm, graph), lazy, told, head.weights)
+    return Chunked(GraphModule(gm, graph), lazy, head=head.weights)
 
 
 def _on_rows(graph: Graph, node: Node, rows: Node) -> Node:

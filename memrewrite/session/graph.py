@@ -28,7 +28,7 @@ from memrewrite.record.decision import GraphRecord
 from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Choice, Part, choose
-from passes.chunked_loss import rows_of_chunk
+from passes.chunked_loss import rows_by_bytes, rows_of_chunk
 
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
 Asked = list[tuple[Part, list[Ask]]]
@@ -273,7 +273,9 @@ class Graph:
                 warn(f"loss_chunks: {told}")
             return Chunked(self.gm, told=told)
         trained = any(args[i].requires_grad for i in head.weights)
-        return chunk_loss(self.gm, head, chunks, trained)
+        found = chunk_loss(self.gm, head, chunks, trained)
+        found.told = _sizes(head, chunks)
+        return found
 
     def _uncompiled(self) -> Variant:
         """A variant that runs op by op: outside Dynamo a dynamic graph cannot be compiled."""
@@ -287,12 +289,24 @@ class Graph:
 
 def _too_small(head: Head) -> str | None:
     """Why chunks do not pay, or None: two of them are alive at a time."""
-    rows, vocabulary = (hint(size) for size in head.logits.shape)
-    itemsize = head.logits.dtype.itemsize
-    if rows >= 2 * rows_of_chunk(rows, vocabulary, itemsize, 0):
+    rows, vocabulary = map(hint, head.logits.shape)
+    row = vocabulary * head.logits.dtype.itemsize
+    if rows >= 2 * rows_by_bytes(row):
         return None
-    size = rows * vocabulary * itemsize
-    return f"the logits take {size / 2**20:.1f} MiB, less than two chunks"
+    return f"the logits take {rows * row / 1e6:.1f} MB, less than two chunks"
+
+
+def _sizes(head: Head, chunks: int) -> str:
+    """`logits: 262.1 MB -> 32.8 MB in 8 chunks`."""
+    rows, vocabulary = map(hint, head.logits.shape)
+    itemsize = head.logits.dtype.itemsize
+    mine = rows_of_chunk(rows, vocabulary, itemsize, chunks)
+    size, small = (n * vocabulary * itemsize / 1e6 for n in (rows, mine))
+    count = -(-rows // mine) if rows else 0
+    return (
+        f"logits: {size:.1f} MB -> {small:.1f} MB in {count} chunks of {mine} rows, exact "
+        "(in neither total)"
+    )
 
 
 def _with_logits(

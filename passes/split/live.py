@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from passes import chunked_loss
 from passes.base import adds_present, aten, is_alias, operand, storage_root, tensor_bytes
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
@@ -58,6 +59,7 @@ CALLS = (  # parts of names: library calls, and kernels that are not fused with 
     "upsample",
     "linalg",
     "bernoulli",
+    "chunked_loss",
 )
 REDUCTIONS = {"sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "argmax", "argmin"}
 REUSABLE = ("saved", "temporary")  # may be overwritten; the caller may hold the others
@@ -136,6 +138,9 @@ def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline
             if not values.read_by_call(node) and not _crosses(calls, made, stop):
                 continue  # written and read within one kernel
         buffers.append(Buffer(node, kind, made, stop, tensor_bytes(node)))
+    for node in graph.find_nodes(op="call_function", target=chunked_loss.op):
+        at = position[node]
+        buffers.append(Buffer(node, "temporary", at, at, chunked_loss.workspace_of(node)))
     return Timeline(nodes, tuple(buffers))
 
 

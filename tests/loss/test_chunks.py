@@ -142,7 +142,7 @@ def test_models_train_as_before_and_never_hold_their_logits(
     (2 * got).backward(), (2 * want).backward()
     same_gradients(compiled, model)
     torch.testing.assert_close(lazy + 0, logits)
-    assert "the loss runs in chunks" in str(memrewrite.report(compiled))
+    assert "in 3 chunks of " in str(memrewrite.report(compiled))
     (record,) = [b.variant.record for b in session_of(compiled).bindings()]
     stages = dict(record.listings())
     for stage in ("forward", "backward"):
