@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import memrewrite
 from memrewrite.loss import kept
@@ -457,16 +458,32 @@ def test_wrong_numbers_of_chunks_raise(wrong: Any, error: type[Exception]) -> No
 
 
 @pytest.mark.inductor
-def test_under_inductor_in_bfloat16_weights() -> None:
-    """No worse than whole logits, against float64."""
-    errors = []
-    for chunks in (None, "auto"):
+def largest_allocation(run: Callable[[], Any]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_inductor(dtype: torch.dtype) -> None:
+    """Against float64; and neither forward nor backward allocates tokens x vocabulary."""
+    errors, sizes = [], []
+    for chunks in (False, 8):
         torch.manual_seed(0)
         model = Model(shifted)
-        exact, tokens = copy.deepcopy(model.bfloat16()).double(), torch.randint(0, V, (4, 32))
-        loss, _ = memrewrite.compile(model, loss_chunks=chunks)(tokens, tokens)
-        loss.backward()
+        exact, tokens = copy.deepcopy(model.to(dtype)).double(), torch.randint(0, V, (4, 512))
+        memrewrite.compile(model, loss_chunks=chunks)
+
+        def step(model: Model = model, tokens: Tensor = tokens) -> None:
+            model.zero_grad()
+            model(tokens, tokens)[0].backward()
+
+        step()
+        sizes.append(largest_allocation(step) / (tokens.numel() * V * dtype.itemsize))
         exact(tokens, tokens)[0].backward()
         grad, want = model.head.weight.grad.double(), exact.head.weight.grad
         errors.append(((grad - want).norm() / want.norm()).item())
     assert errors[1] <= 1.1 * errors[0] < 0.05
+    assert dtype == torch.bfloat16 or errors[1] < 1e-5
+    assert sizes[1] < 1 <= sizes[0]
