@@ -13,6 +13,20 @@ so that a chunk of rows yields its loss, its rows of dh, and its terms of dw and
 reuses its memory. c is 1, or for a mean the number of labels that are not ignored. Backward
 multiplies the gradients by that of the loss, usually 1: no more matmuls than before, and no other
 rounding. f is a chain of scales and tanh (logit scale, soft cap).
+
+Autocast computes the linear in a lower precision than that of h, w and bias. These are rounded to
+it as there, w and bias once for all chunks; f'(dz) is, for the two matmuls. What autocast rounds
+besides, the gradients themselves, is not rounded: sums over chunks are float32, as w is.
+
+In float16, dz / c would underflow before the loss scale reaches it. So c divides the float32
+sums instead, and dz is scaled by the power of two r that lets the largest number that f'(dz) can
+hold, f's own scales, be 2^15:
+
+    dh = (r f'(dz) w) / (r c)      dw = (r f'(dz)^T h) / (r c)
+
+Legal because r is exact and |p_i - t_i| <= 1. At least as precise as any loss scale at which no row
+can overflow, since a row's scale is then at most 2 r. Gradients stay float32 until backward has
+multiplied them by the incoming gradient, in which the loss scale is.
 Source: Luo et al. 2024, MiniSequence (arXiv 2407.15892); gradients in the forward as in Liger
 (arXiv 2410.10989).
 """
@@ -51,34 +65,78 @@ def chunked_loss(
     mean: bool,
     chunks: int,
     trained: bool,
+    compute: torch.dtype | None = None,
 ) -> Results:
     """The loss, and its gradients of h, w and bias.
 
-    `steps` are f: a number scales by it, 0.0 is tanh. Sums over chunks are float32 at least.
-    Without `trained`, the gradients of w and bias are empty.
+    `steps` are f: a number scales by it, 0.0 is tanh. `upcast`: the loss is computed in float32.
+    `compute` is the dtype of the linear, by default that of h. Sums over chunks are float32 at
+    least. Without `trained`, the gradients of w and bias are empty.
     """
-    wide = torch.promote_types(h.dtype, torch.float32)
-    inner = wide if upcast else h.dtype
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+    compute = compute or h.dtype
+    wide, half = torch.promote_types(compute, torch.float32), compute == torch.float16
+    inner = wide if upcast or half else compute
+    dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
     dw = torch.zeros(w.shape if trained else (0,), dtype=wide, device=w.device)
     db = torch.zeros(w.shape[0] if _moves(bias, trained) else 0, dtype=wide, device=w.device)
     total = torch.zeros((), dtype=wide, device=h.device)
     count = (labels != ignore_index).sum().to(wide) if mean else torch.ones_like(total)
+    divisor = torch.full_like(count, 1 / _room(steps)) if half else count
+    low, bias_low = w.to(compute), None if bias is None else bias.to(compute)
     rows = rows_of_chunk(h.shape[0], w.shape[0], inner.itemsize, chunks)
-    for part, mine, y in zip(*(torch.split(t, rows) for t in (h, dh, labels)), strict=True):
-        z = torch.nn.functional.linear(part, w, bias).to(inner)  # (rows, V)
-        slopes = _forward(z, steps)
-        loss, dz = _loss(z, y, ignore_index, label_smoothing, count)
-        total += loss
-        dz = _backward(dz, steps, slopes).to(h.dtype)
-        torch.mm(dz, w, out=mine)
-        if trained and wide == dz.dtype:
-            dw.addmm_(dz.t(), part)
-        elif trained:
-            dw += dz.t() @ part
-        if _moves(bias, trained):
-            db += dz.sum(0, dtype=wide)
-    return (total / count if mean else total).to(inner), dh, dw.to(w.dtype), db.to(w.dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        for part, mine, y in zip(*(torch.split(t, rows) for t in (h, dh, labels)), strict=True):
+            part = part.to(compute)
+            z = torch.nn.functional.linear(part, low, bias_low).to(inner)  # (rows, V)
+            slopes = _forward(z, steps)
+            loss, dz = _loss(z, y, ignore_index, label_smoothing, divisor)
+            total += loss
+            dz = _backward(dz, steps, slopes).to(compute)
+            _product(mine, dz, low)
+            if trained:
+                _add_product(dw, dz.t(), part)
+            if _moves(bias, trained):
+                db += dz.sum(0, dtype=wide)
+    if half:
+        for d in (dh, dw, db):
+            d.mul_(divisor / count.clamp(min=1))
+    loss = (total / count if mean else total).to(wide if upcast else compute)
+    return (
+        loss,
+        dh,
+        dw.to(_kept(w, compute)),
+        db.to(_kept(bias if bias is not None else w, compute)),
+    )
+
+
+def _kept(t: Tensor, compute: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradient of t waits for backward."""
+    waits = t.dtype == compute != torch.float16
+    return t.dtype if waits else torch.promote_types(compute, torch.float32)
+
+
+def _room(steps: Sequence[float]) -> float:
+    """r; see the module's docstring."""
+    largest = math.prod(abs(step) for step in steps if step)
+    return 2.0 ** (15 - math.ceil(math.log2(largest)))
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b, rounded to the dtype of out only."""
+    if a.dtype != out.dtype and out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, in the dtype of out."""
+    if a.dtype != out.dtype and out.is_cuda:  # in parts: a product as large as out is not freed yet
+        rows = max(1, LARGEST // (out.shape[1] * out.itemsize))
+        for mine, left in zip(torch.split(out, rows), torch.split(a, rows), strict=True):
+            mine += torch.mm(left, b, out_dtype=out.dtype)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _moves(bias: Tensor | None, trained: bool) -> bool:
@@ -103,9 +161,9 @@ def _backward(dz: Tensor, steps: Sequence[float], outputs: list[Tensor]) -> Tens
 
 
 def _loss(
-    z: Tensor, y: Tensor, ignored: int, smoothing: float, count: Tensor
+    z: Tensor, y: Tensor, ignored: int, smoothing: float, divisor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The summed cross entropy of z (rows, V); its gradient / count, which overwrites z."""
+    """The summed cross entropy of z (rows, V); its gradient / divisor, which overwrites z."""
     vocabulary = z.shape[1]
     kept = (y != ignored).unsqueeze(1)  # (rows, 1)
     y = torch.where(kept, y.unsqueeze(1), 0)
@@ -118,33 +176,44 @@ def _loss(
     if smoothing:
         dz -= smoothing / vocabulary
     dz.scatter_add_(1, y, torch.full_like(lse, smoothing - 1))
-    return loss, dz.div_(count).masked_fill_(~kept, 0)
+    return loss, dz.div_(divisor).masked_fill_(~kept, 0)
 
 
 def _shapes(h: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Results:
-    upcast, trained = rest[2], rest[-1]
-    wide = torch.promote_types(h.dtype, torch.float32)
-    db = w.new_empty(w.shape[0] if _moves(bias, trained) else 0)
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dw = w.new_empty(w.shape if trained else (0,))
-    return h.new_empty((), dtype=wide if upcast else h.dtype), dh, dw, db
+    (upcast, *_, trained), compute = rest[2:8], rest[8] or h.dtype if len(rest) > 8 else h.dtype
+    wide = torch.promote_types(compute, torch.float32)
+    shape = w.shape[0] if _moves(bias, trained) else 0
+    db = w.new_empty(shape, dtype=_kept(bias if bias is not None else w, compute))
+    dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
+    dw = w.new_empty(w.shape if trained else (0,), dtype=_kept(w, compute))
+    return h.new_empty((), dtype=wide if upcast else compute), dh, dw, db
 
 
 def _keep(ctx: Any, inputs: Any, output: Results) -> None:
-    ctx.trained, ctx.biased = inputs[-1], _moves(inputs[2], inputs[-1])
+    (h, w, bias), trained = inputs[:3], inputs[10]
+    ctx.trained, ctx.biased = trained, _moves(bias, trained)
+    ctx.dtypes = h.dtype, w.dtype, (w if bias is None else bias).dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _scaled(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-    dh, dw, db = ((d.to(g.dtype) * g).to(d.dtype) for d in ctx.saved_tensors)
-    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 8
+    dh, dw, db = (
+        _times(d, g).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 9
+
+
+def _times(d: Tensor, g: Tensor) -> Tensor:
+    wide = torch.promote_types(d.dtype, g.dtype)
+    return d.to(wide) * g.to(wide)
 
 
 _Library: Any = torch.library.Library
 _library = _Library("memrewrite", "FRAGMENT")
 _library.define(
     "chunked_loss(Tensor h, Tensor w, Tensor? bias, Tensor labels, float[] steps, bool upcast, "
-    "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained) "
+    "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained, "
+    "ScalarType? compute=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("chunked_loss", chunked_loss, "CompositeExplicitAutograd")
