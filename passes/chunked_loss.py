@@ -14,6 +14,20 @@ reuses its memory. c is 1, or for a mean the number of labels that are not ignor
 multiplies the gradients by that of the loss, usually 1: no more matmuls than before, and no other
 rounding. f is a chain of scales and tanh (logit scale, soft cap). A method that compresses the
 input of the head (`passes.joint.velora`) lets dw read x in place of h; nothing else reads x.
+
+Autocast computes the linear in a lower precision than that of h, w and bias. These are rounded to
+it as there, w and bias once for all chunks; f'(dz) is, for the two matmuls. What autocast rounds
+besides, the gradients themselves, is not rounded: sums over chunks are float32, as w is.
+
+In float16, dz / c would underflow before the loss scale reaches it. So c divides the float32
+sums instead, and dz is scaled by the power of two r that lets the largest number that f'(dz) can
+hold, f's own scales, be 2^15:
+
+    dh = (r f'(dz) w) / (r c)      dw = (r f'(dz)^T h) / (r c)
+
+Legal because r is exact and |p_i - t_i| <= 1. At least as precise as any loss scale at which no row
+can overflow, since a row's scale is then at most 2 r. Gradients stay float32 until backward has
+multiplied them by the incoming gradient, in which the loss scale is.
 Source: Luo et al. 2024, MiniSequence (arXiv 2407.15892); gradients in the forward as in Liger
 (arXiv 2410.10989).
 """
@@ -22,11 +36,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 # Where the number of chunks is not given: matmuls of fewer rows are slow, larger chunks free less.
 CHUNK_ROWS, CHUNK_BYTES, LARGEST = 256, 2**23, 2**25  # bytes of a chunk's logits
@@ -46,17 +62,20 @@ def rows_by_bytes(row: int) -> int:
 
 
 def workspace_of(node: Node) -> Any:
-    """Bytes that are alive within the operation: z and an exponential, and dw before rounding."""
+    """Bytes that are alive within the operation: z, its rounded form, dw before rounding, low w."""
     values: list[Any] = [n.meta["val"] if isinstance(n, Node) else n for n in node.args]
     h, w, upcast, chunks = (values[i] for i in (0, 1, 5, 9))
-    x = values[X] if len(values) > X else None
-    wide = torch.promote_types(h.dtype, torch.float32)
-    itemsize = (wide if upcast else h.dtype).itemsize
+    x, compute = ([*values, None, None])[X : X + 2]
+    compute = compute or h.dtype
+    wide = torch.promote_types(compute, torch.float32)
+    itemsize = (wide if upcast or compute == torch.float16 else compute).itemsize
     by_bytes = rows_by_bytes(w.shape[0] * itemsize)
     rows = -(-h.shape[0] // chunks) if chunks else by_bytes  # (a minimum would guard N)
     width = (h if x is None else x).shape[1]
-    rounded = w.shape[0] * width * wide.itemsize if w.dtype != wide else 0
-    return 2 * rows * w.shape[0] * itemsize + rounded
+    rounded = w.shape[0] * width * wide.itemsize if _kept(w, compute) != wide else 0
+    low = w.numel() * compute.itemsize if w.dtype != compute else 0
+    other = rows * w.shape[0] * compute.itemsize if compute.itemsize != itemsize else 0
+    return rows * w.shape[0] * itemsize + other + rounded + low
 
 
 def chunked_loss(
@@ -72,36 +91,76 @@ def chunked_loss(
     chunks: int,
     trained: bool,
     x: Tensor | None = None,  # (N, G)
+    compute: torch.dtype | None = None,
 ) -> Results:
     """The loss, and its gradients of h, w and bias.
 
-    `steps` are f: a number scales by it, 0.0 is tanh. Sums over chunks are float32 at least.
-    Without `trained`, the gradients of w and bias are empty. With `x`, dw is f'(dz)^T x (V, G).
+    `steps` are f: a number scales by it, 0.0 is tanh. `upcast`: the loss is computed in float32.
+    `compute` is the dtype of the linear, by default that of h. Sums over chunks are float32 at
+    least. Without `trained`, the gradients of w and bias are empty. With `x`, dw is f'(dz)^T x.
     """
-    wide = torch.promote_types(h.dtype, torch.float32)
-    inner = wide if upcast else h.dtype
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    x = h if x is None else x
-    dw = torch.zeros((w.shape[0], x.shape[1]) if trained else (0,), dtype=wide, device=w.device)
-    db = torch.zeros(w.shape[0] if _moves(bias, trained) else 0, dtype=wide, device=w.device)
-    total = torch.zeros((), dtype=wide, device=h.device)
+    x, compute, biased = h if x is None else x, compute or h.dtype, _moves(bias, trained)
+    wide, half = torch.promote_types(compute, torch.float32), compute == torch.float16
+    inner = wide if upcast or half else compute
+    zeros = partial(torch.zeros, dtype=wide, device=h.device)
+    dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
+    dw = zeros((w.shape[0], x.shape[1]) if trained else (0,))
+    db, total = zeros(w.shape[0] if biased else 0), zeros(())
     count = (labels != ignore_index).sum().to(wide) if mean else torch.ones_like(total)
+    divisor = torch.full_like(count, 1 / _room(steps)) if half else count
+    low, bias_low = w.to(compute), None if bias is None else bias.to(compute)
     rows = rows_of_chunk(h.shape[0], w.shape[0], inner.itemsize, chunks)
     parts = (torch.split(t, rows) for t in (h, x, dh, labels))
-    for part, read, mine, y in zip(*parts, strict=True):
-        z = torch.nn.functional.linear(part, w, bias).to(inner)  # (rows, V)
-        slopes = _forward(z, steps)
-        loss, dz = _loss(z, y, ignore_index, label_smoothing, count)
-        total += loss
-        dz = _backward(dz, steps, slopes).to(h.dtype)
-        torch.mm(dz, w, out=mine)
-        if trained and wide == dz.dtype:
-            dw.addmm_(dz.t(), read)
-        elif trained:
-            dw += dz.t() @ read
-        if _moves(bias, trained):
-            db += dz.sum(0, dtype=wide)
-    return (total / count if mean else total).to(inner), dh, dw.to(w.dtype), db.to(w.dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        for part, read, mine, y in zip(*parts, strict=True):
+            z = F.linear(part.to(compute), low, bias_low).to(inner)  # (rows, V)
+            slopes = _forward(z, steps)
+            total += _loss(z, y, ignore_index, label_smoothing, divisor)  # z becomes dz
+            dz = _backward(z, steps, slopes).to(compute)
+            _product(mine, dz, low)
+            if trained:
+                _add_product(dw, dz.t(), read.to(compute))
+            if biased:
+                db += dz.sum(0, dtype=wide)
+    for d in (dh, dw, db) if half else ():
+        d.mul_(divisor / count.clamp(min=1))
+    loss = (total / count if mean else total).to(wide if upcast else compute)
+    kept = _kept(w, compute), _kept(w if bias is None else bias, compute)
+    return loss, dh, dw.to(kept[0]), db.to(kept[1])
+
+
+def _kept(t: Tensor, compute: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradient of t waits for backward."""
+    waits = t.dtype == compute != torch.float16
+    return t.dtype if waits else torch.promote_types(compute, torch.float32)
+
+
+def _room(steps: Sequence[float]) -> float:
+    """r; see the module's docstring."""
+    largest = math.prod(abs(step) for step in steps if step)
+    return 2.0 ** (15 - math.ceil(math.log2(largest)))
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b; of float16 it may be too large for float16."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.dtype != torch.float16:
+        out.copy_(a @ b)  # rounded as by autocast
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, in the dtype of out."""
+    if a.dtype != out.dtype and out.is_cuda:  # in parts: a product as large as out is not freed yet
+        rows = max(1, LARGEST // (out.shape[1] * out.itemsize))
+        for mine, left in zip(torch.split(out, rows), torch.split(a, rows), strict=True):
+            mine += torch.mm(left, b, out_dtype=out.dtype)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _moves(bias: Tensor | None, trained: bool) -> bool:
@@ -125,46 +184,67 @@ def _backward(dz: Tensor, steps: Sequence[float], outputs: list[Tensor]) -> Tens
     return dz
 
 
-def _loss(
-    z: Tensor, y: Tensor, ignored: int, smoothing: float, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The summed cross entropy of z (rows, V); its gradient / count, which overwrites z."""
+def _loss(z: Tensor, y: Tensor, ignored: int, smoothing: float, divisor: Tensor) -> Tensor:
+    """The summed cross entropy of z (rows, V); its gradient / divisor overwrites z."""
     vocabulary = z.shape[1]
     kept = (y != ignored).unsqueeze(1)  # (rows, 1)
     y = torch.where(kept, y.unsqueeze(1), 0)
-    lse = z.logsumexp(1, keepdim=True)
     target = (1 - smoothing) * z.gather(1, y)  # raises for a label out of range, as eager does
     if smoothing:
         target = target + smoothing / vocabulary * z.sum(1, keepdim=True)
-    loss = torch.where(kept, lse - target, 0).sum()
-    dz = z.sub_(lse).exp_()
+    largest = z.amax(1, keepdim=True)
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    loss = torch.where(kept, largest + total.log() - target, 0).sum()
+    share = torch.where(kept, 1 / divisor, 0)
+    z.mul_(share / total)
     if smoothing:
-        dz -= smoothing / vocabulary
-    dz.scatter_add_(1, y, torch.full_like(lse, smoothing - 1))
-    return loss, dz.div_(count).masked_fill_(~kept, 0)
+        z.sub_(share * (smoothing / vocabulary))
+    z.scatter_add_(1, y, share * (smoothing - 1))
+    return loss
 
 
 def _shapes(
-    h: Tensor, w: Tensor, bias: Tensor | None, *rest: Any, x: Tensor | None = None
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    steps: Sequence[float],
+    upcast: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    mean: bool,
+    chunks: int,
+    trained: bool,
+    x: Tensor | None = None,
+    compute: torch.dtype | None = None,
 ) -> Results:
-    upcast, trained = rest[2], rest[7]
-    x = rest[8] if len(rest) > 8 else x
-    wide = torch.promote_types(h.dtype, torch.float32)
-    db = w.new_empty(w.shape[0] if _moves(bias, trained) else 0)
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+    compute = compute or h.dtype
+    wide = torch.promote_types(compute, torch.float32)
     width = w.shape[1] if x is None else x.shape[1]
-    dw = w.new_empty((w.shape[0], width) if trained else (0,))
-    return h.new_empty((), dtype=wide if upcast else h.dtype), dh, dw, db
+    dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
+    dw = w.new_empty((w.shape[0], width) if trained else (0,), dtype=_kept(w, compute))
+    biased = w if bias is None else bias
+    db = biased.new_empty(w.shape[0] if _moves(bias, trained) else 0, dtype=_kept(biased, compute))
+    return h.new_empty((), dtype=wide if upcast else compute), dh, dw, db
 
 
 def _keep(ctx: Any, inputs: Any, output: Results) -> None:
-    ctx.trained, ctx.biased = inputs[10], _moves(inputs[2], inputs[10])
+    (h, w, bias), trained = inputs[:3], inputs[10]
+    ctx.trained, ctx.biased = trained, _moves(bias, trained)
+    ctx.dtypes = h.dtype, w.dtype, (w if bias is None else bias).dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _scaled(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-    dh, dw, db = ((d.to(g.dtype) * g).to(d.dtype) for d in ctx.saved_tensors)
-    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 9
+    dh, dw, db = (
+        _times(d, g).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 10
+
+
+def _times(d: Tensor, g: Tensor) -> Tensor:
+    wide = torch.promote_types(d.dtype, g.dtype)
+    return d.to(wide) * g.to(wide)
 
 
 _Library: Any = torch.library.Library
@@ -172,7 +252,7 @@ _library = _Library("memrewrite", "FRAGMENT")
 _library.define(
     "chunked_loss(Tensor h, Tensor w, Tensor? bias, Tensor labels, float[] steps, bool upcast, "
     "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained, "
-    "Tensor? x=None) "
+    "Tensor? x=None, ScalarType? compute=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("chunked_loss", chunked_loss, "CompositeExplicitAutograd")
@@ -182,3 +262,13 @@ torch.library.register_autograd(
 )
 op = torch.ops.memrewrite.chunked_loss.default
 DW, X = 2, 11  # positions of dw among the results, and of x among the arguments
+
+
+def x_of(node: Node) -> Any:
+    """What dw reads in place of h, or None."""
+    return node.args[X] if len(node.args) > X else None
+
+
+def arguments_with(node: Node, x: Any) -> list[Any]:
+    """The arguments of a call with another x."""
+    return [*node.args[:X], x, *node.args[X + 1 :]]

@@ -102,7 +102,10 @@ def _computed(graph: Graph) -> list[Any]:
         elif node.target in (aten.clone.default, port_attach):
             known[node] = known[operand(node, 0)]
         elif node.target is operator.getitem and operand(node, 0).target is chunked_loss.op:
-            read = operand(node, 0).args[: None if is_chunked(node) else chunked_loss.X]
+            read: Any = list(operand(node, 0).args)
+            if not is_chunked(node) and len(read) > chunked_loss.X:
+                read[chunked_loss.X] = None
+            read += [None] * (chunked_loss.X + 2 - len(read))
             known[node] = hash((node.args[1], str(map_arg(read, lambda n: known[n]))))
         else:
             read = map_arg((node.args, node.kwargs), lambda n: known[n])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import passes.chunked_loss
@@ -20,7 +22,7 @@ class Lazy:
 
     output: int  # position among the outputs, where h takes the place of the logits
     inputs: list[int]  # positions of the weight and the bias among the inputs
-    make: GraphModule
+    make: Callable[..., Tensor]
     dtype: torch.dtype
 
 
@@ -59,15 +61,17 @@ def chunk_loss(gm: GraphModule, head: Head, chunks: int, trained: bool) -> Chunk
         smoothing, ignored = options["label_smoothing"], options["ignore_index"]
         mean = options["reduction"] == "mean"
         args = (flat, w, bias, marks, head.steps, head.upcast, ignored, smoothing, mean)
-        found = graph.call_function(passes.chunked_loss.op, (*args, chunks, trained))
+        found = graph.call_function(
+            passes.chunked_loss.op, (*args, chunks, trained, None, head.compute)
+        )
         total = graph.call_function(operator.getitem, (found, 0))
         total.meta["example_value"] = head.loss.meta.get("example_value")
     loss.replace_all_uses_with(total)
     graph.erase_node(loss)
     lazy = _lazily(gm, head)
-    if head.returned is not None:
-        graph.output_node().replace_input_with(new[head.returned], h)
-    for node in reversed(head.chain):
+    if head.made:
+        graph.output_node().replace_input_with(new[head.made[-1]], h)
+    for node in reversed(dict.fromkeys((*head.chain, *head.made))):
         graph.erase_node(new[node])
     graph.lint()
     return Chunked(GraphModule(gm, graph), lazy, head=head.weights)
@@ -81,14 +85,24 @@ def _on_rows(graph: Graph, node: Node, rows: Node) -> Node:
 
 
 def _lazily(gm: GraphModule, head: Head) -> Lazy | None:
-    if head.returned is None:
+    if not head.made:
         return None
     operands = [n for n in operands_of(head.linear) if n is not None]
     graph = Graph()
     known = {node: graph.placeholder(f"part{i}") for i, node in enumerate(operands)}
-    for node in head.chain[: head.chain.index(head.returned) + 1]:
+    for node in operands:  # as autocast did
+        if value_of(node).dtype != head.compute:
+            known[node] = graph.call_method("to", (known[node], head.compute))
+    for node in head.made:
         known[node] = graph.node_copy(node, lambda n: known[n])
-    graph.output(known[head.returned])
+    returned = head.made[-1]
+    graph.output(known[returned])
     outputs: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
-    dtype = value_of(head.returned).dtype
-    return Lazy(list(outputs).index(head.returned), head.weights, GraphModule(gm, graph), dtype)
+    make = partial(_without_autocast, GraphModule(gm, graph))
+    return Lazy(list(outputs).index(returned), head.weights, make, value_of(returned).dtype)
+
+
+def _without_autocast(make: GraphModule, *parts: Tensor) -> Tensor:
+    """The state of autocast where the logits are read is not that where they were made."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return make(*parts)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 The graph is Dynamo's, of torch functions. Between the linear and the cross entropy there may be
 casts to float32, scales by a number, tanh, and operations on rows: slices, views, contiguous.
+Autocast shows in the dtypes of the linear and the loss, which Dynamo has computed under it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
+
+from memrewrite.loss.autocast import autocast_at
 
 LINEAR = {torch._C._nn.linear, F.linear}
 SCALES: dict[Any, Callable[[float], float]] = {
@@ -37,8 +40,9 @@ class Head:
     chain: list[Node]  # from the linear, included, to the loss, excluded
     loss: Node
     steps: list[float]
-    upcast: bool
-    returned: Node | None  # the node of the chain that the graph returns
+    upcast: bool  # to float32, before the loss or by it
+    compute: torch.dtype  # of the linear
+    made: list[Node]  # from the linear, included, to the node that the graph returns; or none
 
     @property
     def logits(self) -> Tensor:
@@ -78,52 +82,79 @@ def find_head(graph: Graph) -> Head | str:
 
 
 def _checked(graph: Graph, chain: list[Node], loss: Node) -> Head | str:
+    compute = _compute_of(chain[0])
+    if compute is None:
+        return "the head's input and weight differ in dtype, outside of autocast"
+    steps = _steps(chain, value_of(loss).dtype)
+    if isinstance(steps, str):
+        return steps
+    made = _made(graph, chain, loss)
+    if isinstance(made, str):
+        return made
+    h, *weights = operands_of(chain[0])
+    if any(str(n.target).endswith("_") for n in h.users):
+        return "the head's input may be written to"
+    if any(p is not None and p.op != "placeholder" for p in weights):
+        return "the head's weight is computed in the graph"
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    positions = [places.index(p) for p in weights if p is not None]
+    upcast = value_of(loss).dtype != compute
+    return Head(positions, chain[0], chain, loss, steps, upcast, compute, made)
+
+
+def _compute_of(linear: Node) -> torch.dtype | None:
+    """The dtype that a linear computes in, or None if it cannot."""
+    made = value_of(linear)
+    if all(value_of(p).dtype == made.dtype for p in operands_of(linear) if p is not None):
+        return made.dtype
+    # A fake linear of mixed dtypes does not raise as a true one would.
+    return made.dtype if autocast_at(linear, made.device.type) == made.dtype else None
+
+
+def _steps(chain: list[Node], dtype: torch.dtype) -> list[float] | str:
+    """The scales and tanh between the linear and a loss that is computed in `dtype`."""
     steps: list[float] = []
-    upcast = False
     for node in chain[1:]:
         step = step_of(node)
         if step is None:
             return f"{node.name} stands between the head and the loss"
-        if step == "upcast":
-            given = value_of(node.args[0]).dtype
-            if given == torch.float64 or (steps and given != torch.float32):
-                return f"{node.name} casts to float32 after a scale, or from float64"
-            upcast = True
-        elif step != "rows":
+        if step not in ("rows", "upcast"):
             steps.append(float(step))
+            if value_of(node).dtype != dtype:
+                return f"{node.name} is computed in {value_of(node).dtype}, the loss in {dtype}"
+    if torch.float64 in (value_of(chain[0]).dtype, dtype) and dtype != value_of(chain[0]).dtype:
+        return "the loss casts from float64"
     kinds = [n.target for n in chain if step_of(n) == "rows"]
     viewed = next((i for i, kind in enumerate(kinds) if kind in VIEWS), len(kinds))
-    if operator.getitem in kinds[viewed:]:
-        return "rows are sliced after a view"
-    if any(str(n.target).endswith("_") for n in operands_of(chain[0])[0].users):
-        return "the head's input may be written to"
+    return "rows are sliced after a view" if operator.getitem in kinds[viewed:] else steps
+
+
+def _made(graph: Graph, chain: list[Node], loss: Node) -> list[Node] | str:
+    """The nodes from the linear to the only one that the graph returns, or none."""
     output = graph.output_node()
-    readers = {reader for node in chain for reader in node.users} - {*chain, loss}
-    if readers - {output}:
-        return f"{next(iter(readers - {output})).name} reads the logits too"
-    returned = [node for node in chain if output in node.users]
-    copies = [a for a in output.args[0] if a in returned]  # type: ignore[union-attr]
-    if len(copies) > 1 or any(step_of(node) == "rows" for node in _until(chain, returned)):
+    returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    paths = []
+    for i, node in enumerate(chain):
+        paths += [chain[: i + 1]] * returned.count(node)
+        for reader in node.users.keys() - {*chain, loss, output}:
+            side = _side(reader, output)
+            if isinstance(side, str):
+                return side
+            paths += [chain[: i + 1] + side] * returned.count(side[-1])
+    if len(paths) > 1 or any(step_of(node) == "rows" for path in paths for node in path[1:]):
         return "the logits are returned more than once, or as a view"
-    h, w = operands_of(chain[0])[:2]
-    if any(p is not None and p.op != "placeholder" for p in operands_of(chain[0])[1:]):
-        return "the head's weight is computed in the graph"
-    if value_of(h).dtype == torch.float16:
-        return "the loss scale must come before rounding to float16"
-    mixed = value_of(h).dtype != value_of(w).dtype
-    if (
-        mixed
-        or any("autocast" in str(n.target) for n in graph.nodes)
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return "autocast"
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    weights = [places.index(p) for p in operands_of(chain[0])[1:] if p is not None]
-    return Head(weights, chain[0], chain, loss, steps, upcast, returned[0] if returned else None)
+    return paths[0] if paths else []
 
 
-def _until(chain: list[Node], returned: list[Node]) -> list[Node]:
-    return chain[1 : chain.index(returned[0]) + 1] if returned else []
+def _side(node: Node, output: Node) -> list[Node] | str:
+    """Casts and scales from a reader of the logits to the output, which alone reads the last."""
+    side: list[Node] = []
+    while node is not output:
+        side.append(node)
+        if step_of(node) in (None, "rows") or len(node.users) != 1:
+            return f"{node.name} reads the logits too"
+        (node,) = node.users
+    return side
 
 
 def step_of(node: Node) -> Any:
@@ -132,8 +163,10 @@ def step_of(node: Node) -> Any:
         return SCALES[node.target](node.args[1])
     if node.target in (torch.tanh, "tanh"):
         return 0.0
-    if node.target == "float" or (node.target == "to" and torch.float32 in node.args):
-        return "upcast"
+    given = (*node.args, *node.kwargs.values())
+    if node.target == "float" or (node.target == "to" and torch.float32 in given):
+        same = value_of(node).device == value_of(node.args[0]).device
+        return "upcast" if same else None
     if node.op == "call_method" and node.target in ROWS:
         same = value_of(node).shape[-1] == value_of(node.args[0]).shape[-1]
         return "rows" if same else None

@@ -2,7 +2,7 @@
 
 A chunked loss never has them whole, but the model still returns them. This tensor has their
 shape, dtype and device, and holds what they are made of: the head's input, its weight and its
-bias. Metadata and `detach` cost nothing; any other operation computes the logits once, with
+bias. Metadata, `detach` and casts cost nothing; any other operation computes the logits once, with
 their autograd history, and works on those. What an optimizer's step would change of it is kept
 before the step: see `memrewrite.loss.kept`.
 """
@@ -47,6 +47,15 @@ FREE = {
 }
 
 
+CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+CASTING = {*CASTS, Tensor.to, Tensor.type}
+
+
 class LazyLogits(Tensor):
     """LazyLogits(make, parts, like), made by `lazily`; see the module's docstring."""
 
@@ -66,6 +75,10 @@ class LazyLogits(Tensor):
         first: Any = args[0] if args else None
         if func is Tensor.detach and isinstance(first, LazyLogits):
             return first._detached()
+        if func in CASTING and isinstance(first, LazyLogits):
+            cast = _cast(first, func, args[1:], kwargs or {})
+            if cast is not None:
+                return cast
         args, kwargs = pytree.tree_map(_value_of, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
@@ -128,6 +141,30 @@ class LazyLogits(Tensor):
 
 def _value_of(value: Any) -> Any:
     return value._compute() if isinstance(value, LazyLogits) else value
+
+
+def _cast(
+    logits: LazyLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> LazyLogits | None:
+    """The result of a call that only casts logits whose values are not there yet, or None."""
+    given = [*args, *(v for k, v in kwargs.items() if v is not None and k != "non_blocking")]
+    dtypes = [v for v in given if isinstance(v, torch.dtype)]
+    places = [v for v in given if isinstance(v, str | torch.device) and func is Tensor.to]
+    known = len(dtypes) + len(places) == len(given) and bool(given) != (func in CASTS)
+    if logits._value is not None or not known or len(dtypes) > 1:
+        return None
+    if any(torch.empty(0, device=place).device != logits.device for place in places):
+        return None
+    dtype = CASTS.get(func) or (dtypes[0] if dtypes else logits.dtype)
+    return logits if dtype == logits.dtype else _composed(logits, dtype)
+
+
+def _composed(logits: LazyLogits, dtype: torch.dtype) -> LazyLogits:
+    make, differentiable = logits._make, logits._differentiable
+    parts = [part if differentiable else part.detach() for part in logits._parts]
+    made = lazily(lambda *parts: make(*parts).to(dtype), parts, dtype, logits._read)
+    made._versions = logits._versions
+    return made
 
 
 def _reader() -> str:

@@ -38,7 +38,7 @@ def fold_reconstruction() -> Pass:
             elif _transposed_reconstruction(left):
                 _replace(node, _folded_across(node, operand(left, 0), right))
         for node in gm.graph.find_nodes(op="call_function", target=chunked_loss.op):
-            x_hat = node.args[chunked_loss.X] if len(node.args) > chunked_loss.X else None
+            x_hat = chunked_loss.x_of(node)
             if isinstance(x_hat, Node) and x_hat.target is velora_reconstruct:
                 _fold_in_chunks(node, x_hat)
         gm.graph.eliminate_dead_code()
@@ -68,7 +68,7 @@ def _folded_across(matmul: Node, x_hat: Node, columns: Node) -> Node:
 
 def _fold_in_chunks(loss: Node, x_hat: Node) -> None:
     z, v, features = x_hat.args
-    new = call(loss, loss.target, *loss.args[: chunked_loss.X], z)
+    new = call(loss, loss.target, *chunked_loss.arguments_with(loss, z))
     _replace(loss, new)
     for dw in filter(is_chunked, list(new.users)):
         dw.meta["val"] = new.meta["val"][chunked_loss.DW]  # (O, G)

@@ -1,4 +1,4 @@
-"""torch's own ways to chunk a loss, as configurations `memrewrite.bench.run.rivals:NAME`.
+"""torch's own ways to chunk a loss, as configurations `memrewrite.bench.rivals:NAME`.
 
 Both change what the model returns: the loss alone. torch's auto_chunker declines where logits are
 an output, and who calls F.linear_cross_entropy has none.
