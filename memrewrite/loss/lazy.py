@@ -2,7 +2,7 @@
 
 A chunked loss never has them whole, but the model still returns them. This tensor has their
 shape, dtype and device, and holds what they are made of: the head's input, its weight and its
-bias. Metadata and `detach` cost nothing; any other operation computes the logits once, with
+bias. Metadata, `detach` and hooks cost nothing; any other operation computes the logits once, with
 their autograd history, and works on those. What an optimizer's step would change of it is kept
 before the step: see `memrewrite.loss.kept`.
 """
@@ -10,7 +10,9 @@ before the step: see `memrewrite.loss.kept`.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +49,14 @@ FREE = {
 }
 
 
+@dataclass
+class Shared:
+    """What logits share with those that are detached from them, as these share their memory."""
+
+    origin: weakref.ref[LazyLogits]  # what the others are detached from
+    values: Tensor | None = None  # without history, once anything has computed them
+
+
 class LazyLogits(Tensor):
     """LazyLogits(make, parts, like), made by `lazily`; see the module's docstring."""
 
@@ -54,6 +64,8 @@ class LazyLogits(Tensor):
     _parts: list[Tensor]
     _versions: list[int]
     _value: Tensor | None
+    _shared: Shared
+    _hooks: list[_Hook]
     _read: Callable[[str], None]
 
     @staticmethod
@@ -66,6 +78,8 @@ class LazyLogits(Tensor):
         first: Any = args[0] if args else None
         if func is Tensor.detach and isinstance(first, LazyLogits):
             return first._detached()
+        if func is Tensor.register_hook and isinstance(first, LazyLogits):
+            return _Hook(first, *args[1:], **(kwargs or {}))
         args, kwargs = pytree.tree_map(_value_of, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
@@ -81,7 +95,7 @@ class LazyLogits(Tensor):
             made = _empty(self.shape, self.dtype, self.device)
         made._make, made._read, made._versions = self._make, self._read, self._versions
         made._parts = [part.detach() for part in self._parts]
-        made._value = None if self._value is None else self._value.detach()
+        made._value, made._shared, made._hooks = self._shared.values, self._shared, []
         follow(made)
         return made
 
@@ -102,6 +116,7 @@ class LazyLogits(Tensor):
     def _stale(self) -> bool:
         return [part._version for part in self._parts] != self._versions
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # `make` is no code to trace
     def _compute(self) -> Tensor:
         """The logits. Raises RuntimeError if the head was written to other than by an optimizer."""
         if self._value is not None:
@@ -116,14 +131,51 @@ class LazyLogits(Tensor):
         return self._make_value()
 
     def _make_value(self) -> Tensor:
-        with torch.set_grad_enabled(self._differentiable):
-            self._value = self._make(*self._parts)
-        return self._value
+        known, origin = self._shared.values, self._shared.origin()
+        if known is None and origin is not None and origin is not self:
+            origin._make_value()
+            known = self._shared.values
+        if known is None:
+            # Whatever context they are read in: later reads find the same values.
+            plain = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+            with torch.inference_mode(False), torch.set_grad_enabled(self._differentiable), plain:
+                known = self._make(*self._parts)
+            self._shared.values = known.detach()
+        for hook in self._hooks:
+            hook.on_values(known)
+        self._value = known
+        return known
 
     @property
     def _differentiable(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
             return self.requires_grad
+
+
+class _Hook:
+    """The handle of a hook on the gradient of logits, whether their values have it or not."""
+
+    def __init__(self, logits: LazyLogits, hook: Callable[[Tensor], Tensor | None]) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            self.handles = [logits.register_hook(hook)]  # raises where there is no gradient
+        self.hook, self.logits = hook, weakref.ref(logits)
+        logits._hooks.append(self)
+        if logits._value is not None:
+            self.on_values(logits._value)
+
+    def on_values(self, values: Tensor) -> None:
+        self.handles.append(values.register_hook(self.hook))
+
+    def remove(self) -> None:
+        logits = self.logits()
+        if logits is not None and self in logits._hooks:
+            logits._hooks.remove(self)
+        for handle in self.handles:
+            handle.remove()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _value_of(value: Any) -> Any:
@@ -180,5 +232,6 @@ def lazily(
     made: LazyLogits = call(make, dtype, *parts)
     made._make, made._parts, made._read, made._value = make, list(parts), read, None
     made._versions = [part._version for part in parts]
+    made._shared, made._hooks = Shared(weakref.ref(made)), []
     follow(made)
     return made
