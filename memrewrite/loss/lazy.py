@@ -33,6 +33,7 @@ FREE = {
     _T.is_leaf.__get__,
     _T.is_cuda.__get__,
     _T.is_sparse.__get__,
+    _T._base.__get__,  # fully_shard looks whether an output is a view
     _T.size,
     _T.dim,
     _T.numel,
@@ -66,6 +67,8 @@ class LazyLogits(Tensor):
     _value: Tensor | None
     _shared: Shared
     _hooks: list[_Hook]
+    _gathered: bool  # fully_shard frees the head's weight, and writes to it by gathering it again
+    _freed: bool  # and has done so
     _read: Callable[[str], None]
 
     @staticmethod
@@ -94,6 +97,7 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             made = _empty(self.shape, self.dtype, self.device)
         made._make, made._read, made._versions = self._make, self._read, self._versions
+        made._gathered, made._freed = self._gathered, self._freed
         made._parts = [part.detach() for part in self._parts]
         made._value, made._shared, made._hooks = self._shared.values, self._shared, []
         follow(made)
@@ -101,7 +105,10 @@ class LazyLogits(Tensor):
 
     def _keep(self, written: set[int], copies: Copies) -> None:
         taken = [part.data_ptr() in written for part in self._parts]
-        if self._value is not None or not any(taken) or self._stale:
+        if self._gathered:  # the optimizer has shards
+            taken = [False, *[True] * (len(self._parts) - 1)]
+            self._freed = self._freed or self._without_weight
+        if self._value is not None or not any(taken) or self._stale or self._freed:
             return
         new = [p.nbytes for p, t in zip(self._parts, taken, strict=True) if t]
         known = any(part.data_ptr() in copies for part in self._parts)
@@ -110,17 +117,29 @@ class LazyLogits(Tensor):
             return
         both = zip(self._parts, taken, strict=True)
         self._parts = [copied(part, copies) if t else part for part, t in both]
+        self._gathered = False
         self._versions = [part._version for part in self._parts]
 
     @property
     def _stale(self) -> bool:
         return [part._version for part in self._parts] != self._versions
 
+    @property
+    def _without_weight(self) -> bool:
+        return not all(part.untyped_storage().size() for part in self._parts if part.numel())
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # `make` is no code to trace
     def _compute(self) -> Tensor:
-        """The logits. Raises RuntimeError if the head was written to other than by an optimizer."""
+        """The logits. Raises RuntimeError if the head was freed, or written to unseen."""
         if self._value is not None:
             return self._value
+        if self._freed or self._without_weight:
+            raise RuntimeError(
+                "the values of the logits are read after fully_shard has freed the head's weight, "
+                "and with loss_chunks they are computed when they are read; read them before "
+                "backward and pass reshard_after_forward=False to fully_shard for the module of "
+                "the head, or compile with loss_chunks=False"
+            )
         if self._stale:
             raise RuntimeError(
                 "the values of the logits are read after the head's weight was written to outside "
@@ -157,14 +176,14 @@ class _Hook:
 
     def __init__(self, logits: LazyLogits, hook: Callable[[Tensor], Tensor | None]) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            self.handles = [logits.register_hook(hook)]  # raises where there is no gradient
+            self.handles = [_hooked(logits, hook)]  # raises where there is no gradient
         self.hook, self.logits = hook, weakref.ref(logits)
         logits._hooks.append(self)
         if logits._value is not None:
             self.on_values(logits._value)
 
     def on_values(self, values: Tensor) -> None:
-        self.handles.append(values.register_hook(self.hook))
+        self.handles.append(_hooked(values, self.hook))
 
     def remove(self) -> None:
         logits = self.logits()
@@ -172,6 +191,10 @@ class _Hook:
             logits._hooks.remove(self)
         for handle in self.handles:
             handle.remove()
+
+
+def _hooked(tensor: Any, hook: Any) -> Any:
+    return tensor.register_hook(hook)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -223,15 +246,18 @@ def lazily(
     parts: Sequence[Tensor],
     dtype: torch.dtype,
     read: Callable[[str], None],
+    gathered: bool = False,
 ) -> LazyLogits:
     """Logits that `make(*parts)` computes: parts are h (..., D), w (V, D) and perhaps a bias.
 
-    `read` is called with the file and line of what first reads the values.
+    `read` is called with the file and line of what first reads the values; gathered: fully_shard
+    manages w.
     """
     call: Any = _Made.apply
     made: LazyLogits = call(make, dtype, *parts)
     made._make, made._parts, made._read, made._value = make, list(parts), read, None
     made._versions = [part._version for part in parts]
+    made._gathered, made._freed = gathered, False
     made._shared, made._hooks = Shared(weakref.ref(made)), []
     follow(made)
     return made
