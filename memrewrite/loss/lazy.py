@@ -2,15 +2,17 @@
 
 A chunked loss never has them whole, but the model still returns them. This tensor has their
 shape, dtype and device, and holds what they are made of: the head's input, its weight and its
-bias. Metadata, `detach` and casts cost nothing; any other operation computes the logits once, with
-their autograd history, and works on those. What an optimizer's step would change of it is kept
-before the step: see `memrewrite.loss.kept`.
+bias. Metadata, `detach`, casts and hooks cost nothing; any other operation computes the logits
+once, with their autograd history, and works on those. What an optimizer's step would change of it
+is kept before the step: see `memrewrite.loss.kept`.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ FREE = {
     _T.is_leaf.__get__,
     _T.is_cuda.__get__,
     _T.is_sparse.__get__,
+    _T._base.__get__,  # fully_shard looks whether an output is a view
     _T.size,
     _T.dim,
     _T.numel,
@@ -56,6 +59,14 @@ CASTS = {
 CASTING = {*CASTS, Tensor.to, Tensor.type}
 
 
+@dataclass
+class Shared:
+    """What logits share with those that are detached from them, as these share their memory."""
+
+    origin: weakref.ref[LazyLogits]  # what the others are detached from
+    values: Tensor | None = None  # without history, once anything has computed them
+
+
 class LazyLogits(Tensor):
     """LazyLogits(make, parts, like), made by `lazily`; see the module's docstring."""
 
@@ -63,6 +74,10 @@ class LazyLogits(Tensor):
     _parts: list[Tensor]
     _versions: list[int]
     _value: Tensor | None
+    _shared: Shared
+    _hooks: list[_Hook]
+    _gathered: bool  # fully_shard frees the head's weight, and writes to it by gathering it again
+    _freed: bool  # and has done so
     _read: Callable[[str], None]
 
     @staticmethod
@@ -79,6 +94,8 @@ class LazyLogits(Tensor):
             cast = _cast(first, func, args[1:], kwargs or {})
             if cast is not None:
                 return cast
+        if func is Tensor.register_hook and isinstance(first, LazyLogits):
+            return _Hook(first, *args[1:], **(kwargs or {}))
         args, kwargs = pytree.tree_map(_value_of, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
@@ -93,14 +110,18 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             made = _empty(self.shape, self.dtype, self.device)
         made._make, made._read, made._versions = self._make, self._read, self._versions
+        made._gathered, made._freed = self._gathered, self._freed
         made._parts = [part.detach() for part in self._parts]
-        made._value = None if self._value is None else self._value.detach()
+        made._value, made._shared, made._hooks = self._shared.values, self._shared, []
         follow(made)
         return made
 
     def _keep(self, written: set[int], copies: Copies) -> None:
         taken = [part.data_ptr() in written for part in self._parts]
-        if self._value is not None or not any(taken) or self._stale:
+        if self._gathered:  # the optimizer has shards
+            taken = [False, *[True] * (len(self._parts) - 1)]
+            self._freed = self._freed or self._without_weight
+        if self._value is not None or not any(taken) or self._stale or self._freed:
             return
         new = [p.nbytes for p, t in zip(self._parts, taken, strict=True) if t]
         known = any(part.data_ptr() in copies for part in self._parts)
@@ -109,16 +130,29 @@ class LazyLogits(Tensor):
             return
         both = zip(self._parts, taken, strict=True)
         self._parts = [copied(part, copies) if t else part for part, t in both]
+        self._gathered = False
         self._versions = [part._version for part in self._parts]
 
     @property
     def _stale(self) -> bool:
         return [part._version for part in self._parts] != self._versions
 
+    @property
+    def _without_weight(self) -> bool:
+        return not all(part.untyped_storage().size() for part in self._parts if part.numel())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # `make` is no code to trace
     def _compute(self) -> Tensor:
-        """The logits. Raises RuntimeError if the head was written to other than by an optimizer."""
+        """The logits. Raises RuntimeError if the head was freed, or written to unseen."""
         if self._value is not None:
             return self._value
+        if self._freed or self._without_weight:
+            raise RuntimeError(
+                "the values of the logits are read after fully_shard has freed the head's weight, "
+                "and with loss_chunks they are computed when they are read; read them before "
+                "backward and pass reshard_after_forward=False to fully_shard for the module of "
+                "the head, or compile with loss_chunks=False"
+            )
         if self._stale:
             raise RuntimeError(
                 "the values of the logits are read after the head's weight was written to outside "
@@ -129,14 +163,55 @@ class LazyLogits(Tensor):
         return self._make_value()
 
     def _make_value(self) -> Tensor:
-        with torch.set_grad_enabled(self._differentiable):
-            self._value = self._make(*self._parts)
-        return self._value
+        known, origin = self._shared.values, self._shared.origin()
+        if known is None and origin is not None and origin is not self:
+            origin._make_value()
+            known = self._shared.values
+        if known is None:
+            # Whatever context they are read in: later reads find the same values.
+            plain = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+            with torch.inference_mode(False), torch.set_grad_enabled(self._differentiable), plain:
+                known = self._make(*self._parts)
+            self._shared.values = known.detach()
+        for hook in self._hooks:
+            hook.on_values(known)
+        self._value = known
+        return known
 
     @property
     def _differentiable(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
             return self.requires_grad
+
+
+class _Hook:
+    """The handle of a hook on the gradient of logits, whether their values have it or not."""
+
+    def __init__(self, logits: LazyLogits, hook: Callable[[Tensor], Tensor | None]) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            self.handles = [_hooked(logits, hook)]  # raises where there is no gradient
+        self.hook, self.logits = hook, weakref.ref(logits)
+        logits._hooks.append(self)
+        if logits._value is not None:
+            self.on_values(logits._value)
+
+    def on_values(self, values: Tensor) -> None:
+        self.handles.append(_hooked(values, self.hook))
+
+    def remove(self) -> None:
+        logits = self.logits()
+        if logits is not None and self in logits._hooks:
+            logits._hooks.remove(self)
+        for handle in self.handles:
+            handle.remove()
+
+
+def _hooked(tensor: Any, hook: Any) -> Any:
+    return tensor.register_hook(hook)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _value_of(value: Any) -> Any:
@@ -162,8 +237,10 @@ def _cast(
 def _composed(logits: LazyLogits, dtype: torch.dtype) -> LazyLogits:
     make, differentiable = logits._make, logits._differentiable
     parts = [part if differentiable else part.detach() for part in logits._parts]
-    made = lazily(lambda *parts: make(*parts).to(dtype), parts, dtype, logits._read)
-    made._versions = logits._versions
+    made = lazily(
+        lambda *parts: make(*parts).to(dtype), parts, dtype, logits._read, logits._gathered
+    )
+    made._versions, made._freed = logits._versions, logits._freed
     return made
 
 
@@ -208,14 +285,18 @@ def lazily(
     parts: Sequence[Tensor],
     dtype: torch.dtype,
     read: Callable[[str], None],
+    gathered: bool = False,
 ) -> LazyLogits:
     """Logits that `make(*parts)` computes: parts are h (..., D), w (V, D) and perhaps a bias.
 
-    `read` is called with the file and line of what first reads the values.
+    `read` is called with the file and line of what first reads the values; gathered: fully_shard
+    manages w.
     """
     call: Any = _Made.apply
     made: LazyLogits = call(make, dtype, *parts)
     made._make, made._parts, made._read, made._value = make, list(parts), read, None
     made._versions = [part._version for part in parts]
+    made._gathered, made._freed = gathered, False
+    made._shared, made._hooks = Shared(weakref.ref(made)), []
     follow(made)
     return made

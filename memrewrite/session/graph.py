@@ -23,7 +23,7 @@ from memrewrite.loss.find import Head, find_head, has_loss
 from memrewrite.loss.lazy import lazily
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
-from memrewrite.parallel.wrapped import originals, rehearsed
+from memrewrite.parallel.wrapped import is_sharded, originals, rehearsed
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
@@ -119,6 +119,7 @@ class Graph:
         self.training = torch.is_grad_enabled()
         self.dynamic = any(isinstance(i, torch.SymInt) for i in inputs)
         model = setting.model()
+        self.sharded = model is not None and is_sharded(model)
         real = originals(model, inputs)
         self.positions = [i for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)]
         buffers = set(model.buffers()) if model is not None else set()
@@ -151,7 +152,7 @@ class Graph:
             self._follow(binding, results[variant.outputs :])
             results = results[: variant.outputs]
         lazy = variant.chunked and variant.chunked.lazy
-        return _with_logits(lazy, variant.read, args, results) if lazy else results
+        return _with_logits(lazy, variant.read, args, results, self.sharded) if lazy else results
 
     def _follow(self, binding: Binding, totals: Sequence[Tensor]) -> None:
         assert binding.variant.observed is not None
@@ -264,7 +265,7 @@ class Graph:
         if not isinstance(head, str) and taken & {*head.weights}:
             head = "galore or activations= selects the head; leave it out of their sites"
         if not isinstance(head, str) and not chunks:
-            head = _too_small(head) or head
+            head = _too_small(head) or (_may_be_freed(head) if self.sharded else None) or head
         if isinstance(head, str):
             if not has_loss(self.gm.graph):  # it may only be one part of a model
                 return Chunked(self.gm)
@@ -296,6 +297,16 @@ def _too_small(head: Head) -> str | None:
     return f"the logits take {rows * row / 1e6:.1f} MB, less than two chunks"
 
 
+def _may_be_freed(head: Head) -> str | None:
+    """Why chunks do not pay in a model under fully_shard, or None."""
+    if not head.made:
+        return None
+    return (
+        "fully_shard frees the head's weight after backward, when the logits that the model "
+        "returns may be read; if they never are, pass loss_chunks=8, or another number"
+    )
+
+
 def _sizes(head: Head, chunks: int) -> str:
     """`logits: 262.1 MB -> 32.8 MB in 8 chunks`."""
     rows, vocabulary = map(hint, head.logits.shape)
@@ -310,12 +321,16 @@ def _sizes(head: Head, chunks: int) -> str:
 
 
 def _with_logits(
-    lazy: Lazy, read: dict[str, None], args: Sequence[Any], results: Sequence[Any]
+    lazy: Lazy,
+    read: dict[str, None],
+    args: Sequence[Any],
+    results: Sequence[Any],
+    sharded: bool,
 ) -> list[Any]:
     """The results, with logits that are computed when they are read."""
     found = list(results)
     parts = [found[lazy.output], *(args[i] for i in lazy.inputs)]
-    found[lazy.output] = lazily(lazy.make, parts, lazy.dtype, read.setdefault)
+    found[lazy.output] = lazily(lazy.make, parts, lazy.dtype, read.setdefault, sharded)
     return found
 
 
