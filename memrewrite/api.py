@@ -64,7 +64,7 @@ def compile(
         neither projected nor factored.
     loss_chunks: the head and its cross entropy run in chunks of rows, exactly, and the logits
         that the model returns are computed when something reads their values. "auto": where
-        the logits are more than two chunks of 8 to 32 MiB; a number: always; False: never.
+        the logits are more than two chunks of 32 MiB; a number: always; False: never.
     mode, options, dynamic, fullgraph, disable: as in torch.compile.
     backend: "inductor", or "aot_eager" to run the rewritten graphs without code generation.
 

@@ -44,8 +44,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-# Where the number of chunks is not given: matmuls of fewer rows are slow, larger chunks free less.
-CHUNK_ROWS, CHUNK_BYTES, LARGEST = 256, 2**23, 2**25  # bytes of a chunk's logits
+# Where the number of chunks is not given: bytes of a chunk's logits, and its least number of rows,
+# as matmuls of few rows are slow.
+CHUNK_BYTES, LEAST_ROWS = 2**25, 64
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -58,7 +59,7 @@ def rows_of_chunk(rows: int, vocabulary: int, itemsize: int, chunks: int) -> int
 
 def rows_by_bytes(row: int) -> int:
     """Rows per chunk of logits that take `row` bytes a row."""
-    return max(1, CHUNK_BYTES // row, min(CHUNK_ROWS, LARGEST // row))
+    return max(LEAST_ROWS, CHUNK_BYTES // row)
 
 
 def workspace_of(node: Node) -> Any:
@@ -156,7 +157,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, in the dtype of out."""
     if a.dtype != out.dtype and out.is_cuda:  # in parts: a product as large as out is not freed yet
-        rows = max(1, LARGEST // (out.shape[1] * out.itemsize))
+        rows = max(1, CHUNK_BYTES // (out.shape[1] * out.itemsize))
         for mine, left in zip(torch.split(out, rows), torch.split(a, rows), strict=True):
             mine += torch.mm(left, b, out_dtype=out.dtype)
     else:
