@@ -25,9 +25,10 @@ hold, f's own scales, be 2^15:
 
     dh = (r f'(dz) w) / (r c)      dw = (r f'(dz)^T h) / (r c)
 
-Legal because r is exact and |p_i - t_i| <= 1. At least as precise as any loss scale at which no row
-can overflow, since a row's scale is then at most 2 r. Gradients stay float32 until backward has
-multiplied them by the incoming gradient, in which the loss scale is.
+Legal because r is exact, |p_i - t_i| <= 1 and |tanh'| <= 1: nothing overflows, and what underflows
+is within two bits of what does under the largest loss scale at which no row can overflow. The
+gradients stay float32 until backward has multiplied them by that of the loss, in which the loss
+scale is, so that they are rounded to float16 once, and where plain autograd rounds them.
 Source: Luo et al. 2024, MiniSequence (arXiv 2407.15892); gradients in the forward as in Liger
 (arXiv 2410.10989).
 """
@@ -156,7 +157,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, in the dtype of out."""
-    if a.dtype != out.dtype and out.is_cuda:  # in parts: a product as large as out is not freed yet
+    if a.dtype != out.dtype and out.is_cuda:  # in parts: out may be large
         rows = max(1, CHUNK_BYTES // (out.shape[1] * out.itemsize))
         for mine, left in zip(torch.split(out, rows), torch.split(a, rows), strict=True):
             mine += torch.mm(left, b, out_dtype=out.dtype)

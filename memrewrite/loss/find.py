@@ -46,8 +46,10 @@ class Head:
 
     @property
     def logits(self) -> Tensor:
-        """Those that the loss reads, fake; (N, V)."""
-        return value_of(options_of(self.loss)["input"])
+        """Those that the loss reads, in the dtype that it is computed in; fake; (N, V)."""
+        half = self.compute == torch.float16
+        dtype = torch.float32 if half else value_of(self.loss).dtype
+        return value_of(options_of(self.loss)["input"]).to(dtype)
 
 
 def has_loss(graph: Graph) -> bool:
