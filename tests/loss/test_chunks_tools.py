@@ -19,7 +19,7 @@ from tests.loss.test_chunks import pair, same_gradients, shifted
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    dist = torch.distributed
+    dist: Any = torch.distributed
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
