@@ -81,6 +81,7 @@ class LazyLogits(Tensor):
     _read: Callable[[str], None]
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -273,6 +274,7 @@ class _Made(torch.autograd.Function):
         return _empty((*h.shape[:-1], w.shape[0]), dtype, h.device)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
         with torch.enable_grad():

@@ -45,6 +45,21 @@ def test_a_hook_computes_nothing_and_sees_the_gradient_whichever_way_it_comes() 
     assert len(seen) == 1 and bool((seen[0] == 1).all())
 
 
+def test_compiled_functions_of_the_logits() -> None:
+    model, compiled, tokens = pair(shifted)
+    for function in (lambda z: z.softmax(-1).max(-1).values.sum(), lambda z: (z**2).sum()):
+        found = []
+        for net in (model, compiled):
+            net.zero_grad()
+            z = net(tokens, tokens)[1]
+            torch.compile(function, backend="aot_eager")(z.detach())
+            value = torch.compile(function, backend="aot_eager")(z)
+            value.backward()
+            found.append(value)
+        torch.testing.assert_close(*found)
+        same_gradients(compiled, model)
+
+
 @pytest.mark.parametrize("first", ["detached", "itself"])
 def test_what_is_detached_shares_the_memory_of_the_logits(first: str) -> None:
     _, compiled, tokens = pair(shifted)
