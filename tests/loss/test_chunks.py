@@ -460,7 +460,7 @@ def largest_allocation(run: Callable[[], Any]) -> int:
 def test_under_inductor(dtype: torch.dtype) -> None:
     """Against float64; and neither forward nor backward allocates tokens x vocabulary."""
     errors, sizes = [], []
-    for chunks in (False, 8):
+    for chunks in (8, False) if dtype == torch.bfloat16 else (8,):
         torch.manual_seed(0)
         model = Model(shifted)
         exact, tokens = copy.deepcopy(model.to(dtype)).double(), torch.randint(0, V, (4, 512))
@@ -475,6 +475,8 @@ def test_under_inductor(dtype: torch.dtype) -> None:
         exact(tokens, tokens)[0].backward()
         grad, want = model.head.weight.grad.double(), exact.head.weight.grad
         errors.append(((grad - want).norm() / want.norm()).item())
-    assert errors[1] <= 1.1 * errors[0] < 0.05
-    assert dtype == torch.bfloat16 or errors[1] < 1e-5
-    assert sizes[1] < 1 <= sizes[0]
+    assert sizes[0] < 1
+    if dtype == torch.float32:
+        assert errors[0] < 1e-5
+    else:
+        assert errors[0] <= 1.1 * errors[1] < 0.05 and sizes[1] >= 1
