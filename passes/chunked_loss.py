@@ -64,7 +64,7 @@ def rows_by_bytes(row: int) -> int:
 
 
 def workspace_of(node: Node) -> Any:
-    """Bytes that are alive within the operation: z, its rounded form, dw before rounding, low w."""
+    """Bytes that are alive within the operation in addition to its results."""
     values: list[Any] = [n.meta["val"] if isinstance(n, Node) else n for n in node.args]
     h, w, upcast, chunks = (values[i] for i in (0, 1, 5, 9))
     x, compute = ([*values, None, None])[X : X + 2]
@@ -74,10 +74,11 @@ def workspace_of(node: Node) -> Any:
     by_bytes = rows_by_bytes(w.shape[0] * itemsize)
     rows = -(-h.shape[0] // chunks) if chunks else by_bytes  # (a minimum would guard N)
     width = (h if x is None else x).shape[1]
-    rounded = w.shape[0] * width * wide.itemsize if _kept(w, compute) != wide else 0
+    sums = w.shape[0] * width * (wide.itemsize - _kept(w, compute).itemsize)
     low = w.numel() * compute.itemsize if w.dtype != compute else 0
+    low += w.numel() * wide.itemsize if compute == torch.float16 else 0
     other = rows * w.shape[0] * compute.itemsize if compute.itemsize != itemsize else 0
-    return rows * w.shape[0] * itemsize + other + rounded + low
+    return rows * w.shape[0] * itemsize + other + sums + low
 
 
 def chunked_loss(
@@ -118,12 +119,13 @@ def chunked_loss(
             z = F.linear(part.to(compute), low, bias_low).to(inner)  # (rows, V)
             slopes = _forward(z, steps)
             total += _loss(z, y, ignore_index, label_smoothing, divisor)  # z becomes dz
-            dz = _backward(z, steps, slopes).to(compute)
-            _product(mine, dz, low)
+            z = _backward(z, steps, slopes).to(compute)
+            _product(mine, z, low)
             if trained:
-                _add_product(dw, dz.t(), read.to(compute))
+                _add_product(dw, z.t(), read.to(compute))
             if biased:
-                db += dz.sum(0, dtype=wide)
+                db += z.sum(0, dtype=wide)
+            del z, slopes  # before the next chunk is allocated
     for d in (dh, dw, db) if half else ():
         d.mul_(divisor / count.clamp(min=1))
     loss = (total / count if mean else total).to(wide if upcast else compute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ import memrewrite
 from memrewrite.loss import kept
 from memrewrite.loss.lazy import LazyLogits
 from memrewrite.session.session import session_of
-from passes.chunked_loss import chunked_loss, op
+from passes.chunked_loss import chunked_loss, op, workspace_of
 
 V, D = 12, 5
 Built = tuple[Tensor, Tensor]  # loss, logits
@@ -449,6 +450,34 @@ def test_wrong_numbers_of_chunks_raise(wrong: Any, error: type[Exception]) -> No
 
 
 @pytest.mark.inductor
+def memory_of(run: Callable[[], Any]) -> tuple[int, int]:
+    """(the most bytes that are alive in it, the bytes that are alive after it)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = run()
+    events = seen.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert kept is not None
+    return max(itertools.accumulate(sizes)), sum(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [torch.float32, None])
+def test_the_memory_within_the_operation_is_that_predicted(dtype: Any, weight: Any) -> None:
+    graph = torch.fx.Graph()
+    h, w = torch.randn(512, 16, dtype=dtype), torch.randn(4096, 16).to(weight or dtype)
+    y = torch.randint(4096, (512,))
+    given: list[Any] = [h, w, None, y, [], True, -100, 0.0, True, 4, True, None, dtype]
+    nodes = []
+    for value in given:
+        node = graph.placeholder("t") if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            node.meta["val"] = value
+        nodes.append(node)
+    predicted = workspace_of(graph.call_function(op, tuple(nodes)))
+    most, after = memory_of(lambda: op(*given))
+    assert most - after == pytest.approx(predicted, rel=0.02)
+
+
 def largest_allocation(run: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
