@@ -1,6 +1,6 @@
 """torch's own ways to chunk a loss, as configurations `memrewrite.bench.rivals:NAME`.
 
-Both change what the model returns: the loss alone. torch's auto_chunker declines where logits are
+All change what the model returns: the loss alone. torch's auto_chunker declines where logits are
 an output, and who calls F.linear_cross_entropy has none.
 """
 
