@@ -289,7 +289,7 @@ class Graph:
 
 
 def _too_small(head: Head) -> str | None:
-    """Why chunks do not pay, or None: two of them are alive at a time."""
+    """Why chunks do not pay, or None: one of them is alive at a time."""
     rows, vocabulary = map(hint, head.logits.shape)
     row = vocabulary * head.logits.dtype.itemsize
     if rows >= 2 * rows_by_bytes(row):
