@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch reads it: a cache left over from another run would hide that a pass ran.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="memrewrite-tests-")
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from memrewrite.bench.run.text import stdlib_ids
 from memrewrite.session.session import _sessions
 
 settings.register_profile(
@@ -41,6 +43,15 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     if len(_sessions) > before:  # a model left behind would be asked after at others' steps
         _settle(before)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the standard library's text, tokenised once for all processes of the run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "text"
+    stdlib_ids(folder, 300)
+    return folder
 
 
 def _settle(models: int) -> None:

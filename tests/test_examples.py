@@ -24,7 +24,9 @@ def example(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_demo(tmp_path: Path) -> None:
+def test_the_demo(tmp_path: Path, text: Path) -> None:
+    (ids,) = text.iterdir()
+    (tmp_path / ids.name).symlink_to(ids)
     chosen = ("torch.compile", "memrewrite velora all + galore")
     sizes = ("--steps", "6", "--batch", "2", "--sequence", "32", "--vocab", "300")
     done = example("train_llama.py", *sizes, "--output", str(tmp_path), "--configurations", *chosen)
@@ -38,9 +40,9 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "optimizer state:" in done.stdout
 
 
-def test_what_sketches_hold(tmp_path: Path) -> None:
+def test_what_sketches_hold(tmp_path: Path, text: Path) -> None:
     sizes = ("--steps", "3", "--layers", "1", "--vocab", "300", "--rank", "8")
-    paths = ("--data", str(tmp_path / "text"), "--output", str(tmp_path / "sketch.json"))
+    paths = ("--data", str(text), "--output", str(tmp_path / "sketch.json"))
     done = example("bench_sketch.py", *sizes, *paths)
     assert done.returncode == 0, done.stderr[-2000:]
     weights = json.loads((tmp_path / "sketch.json").read_text())["weights"]
@@ -49,9 +51,9 @@ def test_what_sketches_hold(tmp_path: Path) -> None:
     assert "| step" in done.stdout
 
 
-def test_runs_that_differ_by_rounding(tmp_path: Path) -> None:
+def test_runs_that_differ_by_rounding(tmp_path: Path, text: Path) -> None:
     sizes = ("--steps", "8", "--layers", "1", "--vocab", "300", "--backend", "aot_eager")
-    paths = ("--data", str(tmp_path / "text"), "--output", str(tmp_path / "rounding.json"))
+    paths = ("--data", str(text), "--output", str(tmp_path / "rounding.json"))
     done = example("bench_rounding.py", *sizes, *paths)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "rounding.json").read_text())

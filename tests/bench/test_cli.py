@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from memrewrite.bench.cli import _run
+from memrewrite.bench.document import Document
 from memrewrite.cli import main
 
 
@@ -41,3 +43,14 @@ def test_results_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "bench.json").write_text(json.dumps({"request": {}, "rows": []}))
     assert main(["bench", "--output", str(tmp_path)]) == 2
     assert "has results already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failed", [1, 2])
+def test_a_bench_fails_where_every_row_does(failed: int, tmp_path: Path) -> None:
+    error = {"out_of_memory": False, "type": "Planted", "message": "", "stage": "step 1"}
+    document = Document(tmp_path, {}, resume=False)
+    document.data["rows"] = [
+        {"name": str(i), "skipped": None, "runs": [{"error": error if i < failed else None}]}
+        for i in range(2)
+    ]
+    assert _run(lambda: None, document, lambda: None) == (failed == 2)

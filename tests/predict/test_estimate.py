@@ -79,7 +79,7 @@ def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
 def test_formulas_equal_the_numbers_of_a_static_program() -> None:
     model = memrewrite.compile(tiny(), galore_rank=4)
     symbolic = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, **tokens(2, 12))
-    for batch, sequence in ((2, 12), (3, 16), (4, 32), (8, 64), (5, 40)):
+    for batch, sequence in ((2, 12), (3, 16), (8, 64)):
         there = symbolic.evaluate(B=batch, S=sequence)
         static = memrewrite.estimate(model, optimizer=ADAMW, **tokens(batch, sequence))
         # torch.compile(dynamic=True) hands one more scalar to backward

@@ -7,8 +7,10 @@ training files, and the ids are cached as .npy files.
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,12 +54,15 @@ def _tokenise(folder: Path, vocabulary: int) -> None:
     train, validation = _split(list(_sources()))
     tokenizer = _trained_tokenizer(train, vocabulary)
     # Renamed only when complete, so that an interrupted run leaves no partial cache.
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
     tokenizer.save(str(partial / "tokenizer.json"))
     np.save(partial / "train.npy", _encode(tokenizer, train))
     np.save(partial / "validation.npy", _encode(tokenizer, validation))
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first, with the same ids
+        shutil.rmtree(partial)
 
 
 def _sources() -> Iterator[str]:

@@ -21,11 +21,9 @@ ROUNDS = 33
 pytestmark = pytest.mark.inductor
 
 
-def command(
-    output: Path, configurations: str, *flags: str, model: str = "planted:model"
-) -> list[str]:
+def command(output: Path, configurations: str, *flags: str) -> list[str]:
     names = ["--configurations", configurations, "--output", str(output)]
-    return [sys.executable, "-m", "memrewrite", "bench", model, *names, *flags]
+    return [sys.executable, "-m", "memrewrite", "bench", "planted:model", *names, *flags]
 
 
 def environment() -> dict[str, str]:
@@ -33,9 +31,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
-def bench(output: Path, configurations: str, *flags: str, model: str = "planted:model") -> Any:
+def bench(output: Path, configurations: str, *flags: str) -> Any:
     done = subprocess.run(
-        command(output, configurations, *flags, model=model),
+        command(output, configurations, *flags),
         env=environment(),
         capture_output=True,
         text=True,
@@ -92,7 +90,7 @@ def test_what_a_row_says(measured: Any) -> None:
 
 def test_failures_are_rows(tmp_path: Path) -> None:
     ways = "planted:raises,planted:too_large,planted:killed,planted:silent,planted:plain"
-    done, rows = bench(tmp_path, ways, "--repeats", "1", "--rounds", "1", "--timeout", "60")
+    done, rows = bench(tmp_path, ways, "--repeats", "1", "--rounds", "1", "--timeout", "30")
     assert done.returncode == 0, done.stderr[-2000:]
     errors = {name.partition(":")[2]: row["runs"][0]["error"] for name, row in rows.items()}
     assert errors["plain"] is None and rows["planted:plain"]["summary"]["peak"] > 0
@@ -103,15 +101,9 @@ def test_failures_are_rows(tmp_path: Path) -> None:
     for words in (
         "out of memory at first forward",
         "planted:raises: ArithmeticError",
-        "no answer in 60",
+        "no answer in 30",
     ):
         assert words in done.stdout
-
-
-def test_a_model_without_a_loss_says_so(tmp_path: Path) -> None:
-    done, _ = bench(tmp_path, "eager", "--repeats", "1", model="planted:without_a_loss")
-    assert done.returncode == 1
-    assert "without a scalar loss" in done.stdout
 
 
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
@@ -142,10 +134,10 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     assert rows["eager"]["runs"] == [kept] and len(rows["planted:plain"]["runs"]) == 1
 
 
-def test_training(tmp_path: Path) -> None:
+def test_training(tmp_path: Path, text: Path) -> None:
     flags = ["--layers", "1", "--vocab", "300", "--batch", "2", "--seq", "16", "--steps", "8"]
-    flags += ["--seeds", "2", "--lrs", "1e-3,1e-2", "--data", str(tmp_path / "text")]
-    words = ["train", "--configurations", "torch.compile,velora-all-16,frozen-all", *flags]
+    flags += ["--seeds", "2", "--lrs", "1e-3,1e-2", "--data", str(text)]
+    words = ["train", "--configurations", "torch.compile,velora-all-16", *flags]
     words += ["--output", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-m", "memrewrite", "bench", *words],
@@ -156,11 +148,11 @@ def test_training(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {r["name"]: r for r in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]}
-    assert [len(row["runs"]) for row in rows.values()] == [3, 3, 3]
+    assert [len(row["runs"]) for row in rows.values()] == [3, 3]
     base, ours = rows["torch.compile"], rows["velora-all-16"]
     # the same start and the same first batch: the losses part only after an update
     assert base["runs"][0]["losses"][0] == pytest.approx(ours["runs"][0]["losses"][0], abs=1e-3)
     assert base["runs"][0]["losses"][-1] != ours["runs"][0]["losses"][-1]
     assert base["summary"]["delta"] == 0 and base["summary"]["seeds"] == 2
-    assert rows["frozen-all"]["memory"]["gradients"] < base["memory"]["gradients"]
+    assert ours["memory"]["gradients"] < base["memory"]["gradients"]
     assert "kept" in done.stdout and (tmp_path / "out" / "losses.svg").exists()

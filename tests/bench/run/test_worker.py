@@ -15,7 +15,7 @@ from memrewrite.bench.configurations import parse
 from memrewrite.bench.run import training
 from memrewrite.bench.run.cost import Cost, Settings
 from memrewrite.bench.run.process import Failed
-from memrewrite.bench.run.subject import Request
+from memrewrite.bench.run.subject import Request, Subject
 from memrewrite.bench.run.worker import compare, draws
 from memrewrite.predict.models import from_config
 
@@ -74,6 +74,12 @@ def test_gradients_of_two_draws_are_not_compared() -> None:
     kept, off = (from_config("gpt2-small", layers=1, dropout=on) for on in (True, False))
     assert draws(kept) and not draws(off)
     assert not draws(from_config("vit-small", layers=1))
+
+
+def test_a_model_without_a_loss_says_so() -> None:
+    subject = Subject(nn.Linear(4, 4), (torch.randn(2, 4),), {})
+    with pytest.raises(ValueError, match="Linear returns a Tensor without a scalar loss"):
+        subject.loss()
 
 
 def test_what_fails_makes_room_and_what_fits_is_started() -> None:
