@@ -81,6 +81,12 @@ def workspace_of(node: Node) -> Any:
     return rows * w.shape[0] * itemsize + other + sums + low
 
 
+def operations_of(node: Node) -> Any:
+    """Operations (a multiply-add is two) of its matmuls: the logits, dh and dw, 2 N V D each."""
+    h, w = (arg.meta["val"] for arg in node.args[:2])  # type: ignore[union-attr]
+    return 6 * h.numel() * w.shape[0]
+
+
 def chunked_loss(
     h: Tensor,  # (N, D)
     w: Tensor,  # (V, D)

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
-from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
@@ -134,7 +134,7 @@ def _split_joint(
     patches: dict[str, bool | float]
     state, patches = _current.get() or Compile(), {"aggressive_recomputation": True}
     if (budget := functorch_config.activation_memory_budget) != 1.0:
-        state.freed = 0.0  # the user's budget decides what is recomputed
+        state.freed, state.spare = 0.0, 0.0  # the user's budget decides what is recomputed
         none = budget == 0 and any(map(is_random, gm.graph.nodes))
         patches = {"activation_memory_budget": LEAST_BUDGET if none else budget}
     return divide(gm, request, num_fwd_outputs, state, default, ours)
@@ -207,7 +207,7 @@ def _compile_eager(
         return _split_joint(joint, joint_inputs, request, None, **kwargs)
 
     backend: Any = aot_autograd(
-        fw_compiler=nop,
+        fw_compiler=boxed_nop,
         bw_compiler=_op_by_op,
         partition_fn=split,
         decompositions=table,
@@ -219,7 +219,7 @@ def _compile_eager(
 def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
     write_in_place(gm.graph)
     gm.recompile()
-    return nop(gm, inputs)
+    return boxed_nop(gm, [*inputs])
 
 
 def capture(

@@ -2,7 +2,8 @@
 
 Exact recompute comes first: backward may recompute whatever needs no other matmul, which
 torch's default forbids for anything that feeds a backward matmul. Matmul outputs that the
-default saves are recomputed within a share of the operations that folding and pushing save.
+default saves are recomputed within a share of the operations that folding and pushing save,
+and, where the loss is in chunks, within a share of all.
 A z is pinned (computed in forward and saved) where recomputing it would save more bytes than z.
 """
 
@@ -12,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -32,11 +34,12 @@ from memrewrite.methods.method import iterate
 from memrewrite.methods.request import Request
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.listing import listing
-from passes.base import Pass, copy_graph, stands_for, tensor_bytes
+from passes import chunked_loss
+from passes.base import Pass, copy_graph, stands_for, storage_root, tensor_bytes
 from passes.joint.compress import release
 from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
 from passes.split.late import is_random, recompute_late
-from passes.split.recompute import choose_recomputes
+from passes.split.recompute import all_operations, choose_recomputes
 from passes.split.saved import Kept, exclusive_inputs, kept_for_backward
 from passes.split.sums import keep_sums
 
@@ -57,6 +60,9 @@ COSTLY = (
 # Share of the saved operations that recomputing matmuls may spend; the rest shortens the step.
 # docs/design.md has the measurement.
 RECOMPUTE_SHARE = 1 / 4
+# Share of all operations that a graph with its loss in chunks may spend on them too: without the
+# logits, the layers' saved tensors are the peak.
+SPARE_SHARE = 1 / 50
 
 Split = tuple[GraphModule, GraphModule]  # forward, backward
 Cut = Callable[[GraphModule, int], Split]  # (joint, number of forward outputs)
@@ -70,6 +76,7 @@ class Compile:
     plain: Graph | None = None  # the joint graph before any pass
     groups: list[list[WeightGradient]] = field(default_factory=list)
     freed: float = 0.0  # operations that folding and pushing saved
+    spare: float = SPARE_SHARE
 
 
 def rewrite(gm: GraphModule, request: Request, todo: list[Pass], state: Compile) -> None:
@@ -119,7 +126,9 @@ def divide(
         plain, rest = default(GraphModule(gm, state.plain), outputs)
         before = kept_for_backward(plain.graph, outputs, free)
         remember(record, "before", (plain.graph, rest.graph), outputs, free)
-        _mark_recomputes(gm.graph, before, free, state.freed)
+        budget = RECOMPUTE_SHARE * state.freed
+        budget += state.spare * _spendable(gm.graph, before, outputs)
+        _mark_recomputes(gm.graph, before, free, budget)
     _never_recompute_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, free, outputs, exact_first)
     _release(forward, backward)
@@ -170,12 +179,26 @@ def _pinned_where_it_pays(gm: GraphModule, free: Collection[int], outputs: int, 
     return second if sizes[1] < sizes[0] else first
 
 
-def _mark_recomputes(graph: Graph, kept: Kept, free: Collection[int], freed: float) -> None:
+def _spendable(joint: Graph, kept: Kept, outputs: int) -> int:
+    """Operations of a step whose loss is in chunks; 0 for any other.
+
+    Also 0 where less is saved than gradients take: then the optimizer's step is the peak.
+    """
+    if not joint.find_nodes(op="call_function", target=chunked_loss.op):
+        return 0
+    returned: Any = joint.output_node().args[0]
+    gradients = {storage_root(n) for n in returned[outputs:] if isinstance(n, Node)}
+    if hint(kept.bytes) <= sum(hint(tensor_bytes(n)) for n in gradients):
+        return 0
+    return hint(all_operations(joint))
+
+
+def _mark_recomputes(graph: Graph, kept: Kept, free: Collection[int], budget: float) -> None:
     """Mark matmul outputs to recompute, of those that the default partition saves."""
     chosen = choose_recomputes(
         kept,
         graph.nodes,
-        RECOMPUTE_SHARE * freed,
+        budget,
         is_free=lambda n: n.meta.get("argument") in free,
         is_costly=lambda n: _is_costly(n) or is_random(n),
         hint=hint,

@@ -6,7 +6,8 @@
 
 Identity: none is needed; backward may recompute any function of what is saved.
 The budget is a share of what other passes save: folding saves 2 N O (D - G) operations per
-compressed weight, pushing a projection of rank r 2 N (O D - r (O + D)) per projected weight.
+compressed weight, pushing a projection of rank r 2 N (O D - r (O + D)) per projected weight. A
+graph whose loss is in chunks may also spend a share of all of its operations.
 Recomputing y = x W^T costs 2 N O D operations and frees its N O values, so the saved outputs
 with the shortest inner dimension come first. Only outputs whose operands are saved, or can be
 recomputed without another matmul, are chosen. The partitioner carries the choice out.
@@ -21,8 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from passes import chunked_loss
 from passes.base import aten, base_of, tensor_bytes
 from passes.joint.find import WeightGradient
 from passes.split.saved import Kept
@@ -53,6 +55,13 @@ def operations(matmul: Node) -> Any:
     """Operations (a multiply-add is two) of one matmul node."""
     left = matmul.args[MATMULS[matmul.target][0]].meta["val"]  # type: ignore[index,union-attr]
     return 2 * matmul.meta["val"].numel() * left.shape[-1]
+
+
+def all_operations(joint: Graph) -> Any:
+    """Operations of all matmuls of a joint graph, including those of a loss in chunks."""
+    matmuls = sum(operations(n) for n in joint.nodes if n.target in MATMULS)
+    losses = joint.find_nodes(op="call_function", target=chunked_loss.op)
+    return matmuls + sum(chunked_loss.operations_of(n) for n in losses)
 
 
 def choose_recomputes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from graphs import joint_graph
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
+from torch.profiler import ProfilerActivity, profile
 
+import memrewrite
 from memrewrite import VeLoRA
 from memrewrite.compiler import backend
 from memrewrite.compiler.backend import GUARDS_TRAINED, JointPasses
@@ -77,3 +80,19 @@ def test_whether_dynamo_sees_that_a_parameter_was_frozen() -> None:
         linear.weight.requires_grad_(trained)
         compiled(torch.randn(2, 4))
     assert seen == ([True, False] if GUARDS_TRAINED else [True])
+
+
+def test_op_by_op_a_saved_tensor_is_freed_after_its_last_reader() -> None:
+    """The peak of backward is at its start, where all are saved."""
+    model = nn.Sequential(
+        *(m for _ in range(6) for m in (nn.Linear(16, 16, bias=False), nn.Tanh()))
+    )
+    memrewrite.compile(model, backend="aot_eager")
+    x = torch.randn(4096, 16)
+    model(x).sum().backward()
+    y = model(x).sum()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        y.backward()
+    events = seen.profiler.kineto_results.events()
+    sizes = itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")
+    assert max(sizes) < 3.5 * x.nbytes

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.fx import Graph
 
 from memrewrite.compiler.sizes import hint
+from passes import chunked_loss
 from passes.base import aten
 from passes.split.recompute import (
+    all_operations,
     choose_recomputes,
     freed_operations,
     operations,
@@ -92,3 +94,15 @@ def test_freed_operations_count_the_narrower_matmul() -> None:
     assert freed_operations(gradient, 8) == 2 * 10 * 6 * (20 - 3)
     assert pushed_operations(gradient, 2) == 2 * 10 * (6 * 20 - 2 * (6 + 20))
     assert pushed_operations(gradient, 5) == 0
+
+
+def test_all_operations_are_those_of_matmuls_and_of_a_loss_in_chunks() -> None:
+    b = Builder()
+    w, x = b.place("w", 9, 8), b.place("x", 5, 8)
+    h = b.op(aten.mm.default, x, b.place("u", 8, 8))
+    graph = b.returns(h, h)
+    assert all_operations(graph) == 2 * 5 * 8 * 8
+    with graph.inserting_before(graph.output_node()):
+        y = graph.create_node("placeholder", "y")
+        graph.call_function(chunked_loss.op, (h, w, None, y))
+    assert all_operations(graph) == 2 * 5 * 8 * 8 + 3 * 2 * 5 * 9 * 8
