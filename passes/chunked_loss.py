@@ -123,12 +123,12 @@ def chunked_loss(
     with torch.autocast(h.device.type, enabled=False):
         for part, read, mine, y in zip(*parts, strict=True):
             z = F.linear(part.to(compute), low, bias_low).to(inner)  # (rows, V)
-            slopes = _forward(z, steps)
+            slopes = apply_steps(z, steps)
             total += _loss(z, y, ignore_index, label_smoothing, divisor)  # z becomes dz
-            z = _backward(z, steps, slopes).to(compute)
-            _product(mine, z, low)
+            z = multiply_slopes(z, steps, slopes).to(compute)
+            product(mine, z, low)
             if trained:
-                _add_product(dw, z.t(), read.to(compute))
+                add_product(dw, z.t(), read.to(compute))
             if biased:
                 db += z.sum(0, dtype=wide)
             del z, slopes  # before the next chunk is allocated
@@ -151,7 +151,7 @@ def _room(steps: Sequence[float]) -> float:
     return 2.0 ** (15 - math.ceil(math.log2(largest)))
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a b; of float16 it may be too large for float16."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
@@ -163,7 +163,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, in the dtype of out."""
     if a.dtype != out.dtype and out.is_cuda:  # in parts: out may be large
         rows = max(1, CHUNK_BYTES // (out.shape[1] * out.itemsize))
@@ -177,7 +177,7 @@ def _moves(bias: Tensor | None, trained: bool) -> bool:
     return bias is not None and trained
 
 
-def _forward(z: Tensor, steps: Sequence[float]) -> list[Tensor]:
+def apply_steps(z: Tensor, steps: Sequence[float]) -> list[Tensor]:
     """Apply f to z in place; returns the outputs of its tanh."""
     outputs = []
     for step in steps:
@@ -188,7 +188,7 @@ def _forward(z: Tensor, steps: Sequence[float]) -> list[Tensor]:
     return outputs
 
 
-def _backward(dz: Tensor, steps: Sequence[float], outputs: list[Tensor]) -> Tensor:
+def multiply_slopes(dz: Tensor, steps: Sequence[float], outputs: list[Tensor]) -> Tensor:
     for step in reversed(steps):
         dz = dz.mul_(step) if step else dz.mul_(1 - outputs.pop().square_())
     return dz

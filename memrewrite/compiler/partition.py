@@ -34,7 +34,7 @@ from memrewrite.methods.method import iterate
 from memrewrite.methods.request import Request
 from memrewrite.record.decision import GraphRecord
 from memrewrite.record.listing import listing
-from passes import chunked_loss
+from passes import chunked_rows
 from passes.base import Pass, copy_graph, stands_for, storage_root, tensor_bytes
 from passes.joint.compress import release
 from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
@@ -184,7 +184,7 @@ def _spendable(joint: Graph, kept: Kept, outputs: int) -> int:
 
     Also 0 where less is saved than gradients take: then the optimizer's step is the peak.
     """
-    if not joint.find_nodes(op="call_function", target=chunked_loss.op):
+    if not any(chunked_rows.calls(joint)):
         return 0
     returned: Any = joint.output_node().args[0]
     gradients = {storage_root(n) for n in returned[outputs:] if isinstance(n, Node)}

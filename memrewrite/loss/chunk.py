@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import passes.chunked_loss
-from memrewrite.loss.find import Head, operands_of, options_of, step_of, value_of
+import passes.chunked_rows
+from memrewrite.loss.find import Head, given_after, operands_of, options_of, value_of
 
 
 @dataclass
@@ -46,42 +47,88 @@ def chunk_loss(gm: GraphModule, head: Head, chunks: int, trained: bool) -> Chunk
     new: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, new))
     graph.output_node().meta = dict(gm.graph.output_node().meta)
-    h, w, bias = (n if n is None else new[n] for n in operands_of(head.linear))
-    loss, options = new[head.loss], options_of(head.loss)
-    assert h is not None and w is not None
-    with graph.inserting_before(loss):
-        rows = h
-        for node in head.chain[1:]:
-            if step_of(node) == "rows":
-                rows = _on_rows(graph, node, rows)
-        labels = new[options["target"]]
-        width = graph.call_method("size", (w, 1))
-        flat = graph.call_method("reshape", (rows, -1, width))
-        marks = graph.call_method("reshape", (labels, -1))
-        smoothing, ignored = options["label_smoothing"], options["ignore_index"]
-        mean = options["reduction"] == "mean"
-        args = (flat, w, bias, marks, head.steps, head.upcast, ignored, smoothing, mean)
-        found = graph.call_function(
-            passes.chunked_loss.op, (*args, chunks, trained, None, head.compute)
-        )
-        total = graph.call_function(operator.getitem, (found, 0))
-        total.meta["example_value"] = head.loss.meta.get("example_value")
-    loss.replace_all_uses_with(total)
-    graph.erase_node(loss)
+    first = new[min((head.loss, *head.norms), key=[*gm.graph.nodes].index)]
+    for node in given_after(head.loss, head.norms):  # views only
+        first.prepend(new[node])
+    with graph.inserting_before(first):
+        values = _losses_of_rows if head.by_rows else _loss
+        for old, value in values(graph, head, new, chunks, trained).items():
+            value.meta["example_value"] = old.meta.get("example_value")
+            new[old].replace_all_uses_with(value)
+            graph.erase_node(new[old])
     lazy = _lazily(gm, head)
     if head.made:
-        graph.output_node().replace_input_with(new[head.made[-1]], h)
+        h = operands_of(head.linear)[0]
+        graph.output_node().replace_input_with(new[head.made[-1]], new[h])
     for node in reversed(dict.fromkeys((*head.chain, *head.made))):
         graph.erase_node(new[node])
     graph.lint()
     return Chunked(GraphModule(gm, graph), lazy, head=head.weights)
 
 
-def _on_rows(graph: Graph, node: Node, rows: Node) -> Node:
-    """The operation of `node` on the rows of h in place of the rows of the logits."""
-    if node.target is operator.getitem:
-        return graph.call_function(operator.getitem, (rows, node.args[1]))
-    return rows  # flattened below; a view and a copy do not change the order of rows
+def _rows(graph: Graph, head: Head, new: dict[Node, Node]) -> Node:
+    """Those of h that the loss reads, (..., D)."""
+    rows = new[operands_of(head.linear)[0]]
+    for node in head.chain[1:]:
+        if node.target is operator.getitem:  # a view and a copy do not change the order of rows
+            rows = graph.call_function(operator.getitem, (rows, node.args[1]))
+    return rows
+
+
+def _operands(graph: Graph, head: Head, new: dict[Node, Node], rows: Node) -> list[Any]:
+    """h, weight, bias and labels: (N, D), (V, D), (V,), (N,)."""
+    _, w, bias = (n if n is None else new[n] for n in operands_of(head.linear))
+    width = graph.call_method("size", (w, 1))
+    flat = graph.call_method("reshape", (rows, -1, width))
+    return [flat, w, bias, graph.call_method("reshape", (new[options_of(head.loss)["target"]], -1))]
+
+
+def _loss(
+    graph: Graph, head: Head, new: dict[Node, Node], chunks: int, trained: bool
+) -> dict[Node, Node]:
+    options = options_of(head.loss)
+    how = options["ignore_index"], options["label_smoothing"], options["reduction"] == "mean"
+    operands = _operands(graph, head, new, _rows(graph, head, new))
+    given = (*operands, head.steps, head.upcast, *how)
+    found = graph.call_function(
+        passes.chunked_loss.op, (*given, chunks, trained, None, head.compute)
+    )
+    return {head.loss: graph.call_function(operator.getitem, (found, 0))}
+
+
+def _losses_of_rows(
+    graph: Graph, head: Head, new: dict[Node, Node], chunks: int, trained: bool
+) -> dict[Node, Node]:
+    options = options_of(head.loss)
+    classes = None if options["weight"] is None else new[options["weight"]]
+    rows, ignored = _rows(graph, head, new), options["ignore_index"]
+    operands = _operands(graph, head, new, rows)
+    given = (*operands, classes, head.steps, head.upcast, ignored, options["label_smoothing"])
+    found = graph.call_function(passes.chunked_rows.op, (*given, chunks, trained, head.compute))
+    loss, lse = (graph.call_function(operator.getitem, (found, i)) for i in range(2))
+    if options["reduction"] != "none":
+        loss = graph.call_method("sum", (loss,))
+    if options["reduction"] == "mean":
+        loss = graph.call_function(torch.div, (loss, _mass(graph, operands[3], ignored, classes)))
+    norms = {n: _shaped(graph, lse, rows, value_of(n).ndim) for n in head.norms}
+    return {head.loss: loss, **norms}
+
+
+def _mass(graph: Graph, labels: Node, ignored: int, classes: Node | None) -> Node:
+    """What a mean divides by: the number of labels that count, or the sum of their weights."""
+    kept = graph.call_function(torch.ne, (labels, ignored))
+    if classes is None:
+        return graph.call_method("sum", (kept,))
+    place = graph.call_function(torch.where, (kept, labels, 0))
+    weights = graph.call_function(
+        torch.mul, (graph.call_function(torch.take, (classes, place)), kept)
+    )
+    return graph.call_method("sum", (weights,))
+
+
+def _shaped(graph: Graph, lse: Node, rows: Node, ndim: int) -> Node:
+    sizes = [graph.call_method("size", (rows, i)) for i in range(ndim)] if ndim > 1 else [-1]
+    return graph.call_method("reshape", (lse, *sizes))
 
 
 def _lazily(gm: GraphModule, head: Head) -> Lazy | None:

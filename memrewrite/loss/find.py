@@ -27,6 +27,8 @@ SCALES: dict[Any, Callable[[float], float]] = {
     torch.div: lambda c: 1 / c,
 }
 NAMES = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+PRODUCTS = {operator.mul, torch.mul}
+NORMS = {torch.logsumexp, "logsumexp"}
 VIEWS = {"view", "reshape", "flatten"}
 ROWS = {"contiguous", *VIEWS}
 
@@ -43,6 +45,14 @@ class Head:
     upcast: bool  # to float32, before the loss or by it
     compute: torch.dtype  # of the linear
     made: list[Node]  # from the linear, included, to the node that the graph returns; or none
+    norms: list[Node]  # logsumexp of the logits that the loss reads
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row has a gradient of its own; see `passes.chunked_rows`."""
+        options = options_of(self.loss)
+        each = options["reduction"] == "none" or options["weight"] is not None
+        return each or bool(self.norms)
 
     @property
     def logits(self) -> Tensor:
@@ -64,10 +74,8 @@ def find_head(graph: Graph) -> Head | str:
         return f"the graph has {len(losses)} calls of F.cross_entropy, not one"
     (loss,) = losses
     options = options_of(loss)
-    if options["reduction"] not in ("mean", "sum"):
-        return f"reduction={options['reduction']!r} needs the gradient of each row"
-    if options["weight"] is not None:
-        return "the loss has class weights"
+    if options["weight"] is not None and value_of(options["weight"]).requires_grad:
+        return "the loss has class weights that are trained"
     if options["size_average"] is not None or options["reduce"] is not None:
         return "the loss has a deprecated reduction"
     logits, target = value_of(options["input"]), value_of(options["target"])
@@ -76,7 +84,7 @@ def find_head(graph: Graph) -> Head | str:
     node, chain = options["input"], []
     while node.target not in LINEAR:
         chain.append(node)
-        node = node.args[0] if node.args else None
+        node = _read_by(node)
         if not isinstance(node, Node) or node.op == "placeholder":
             return "the loss does not read a linear"
     chain = [node, *reversed(chain)]
@@ -90,9 +98,10 @@ def _checked(graph: Graph, chain: list[Node], loss: Node) -> Head | str:
     steps = _steps(chain, value_of(loss).dtype)
     if isinstance(steps, str):
         return steps
-    made = _made(graph, chain, loss)
-    if isinstance(made, str):
-        return made
+    norms = _norms(chain, loss)
+    made = norms if isinstance(norms, str) else _made(graph, chain, [loss, *norms])
+    if isinstance(norms, str) or isinstance(made, str):
+        return str(made)
     h, *weights = operands_of(chain[0])
     if any(str(n.target).endswith("_") for n in h.users):
         return "the head's input may be written to"
@@ -101,7 +110,7 @@ def _checked(graph: Graph, chain: list[Node], loss: Node) -> Head | str:
     places = [n for n in graph.nodes if n.op == "placeholder"]
     positions = [places.index(p) for p in weights if p is not None]
     upcast = value_of(loss).dtype != compute
-    return Head(positions, chain[0], chain, loss, steps, upcast, compute, made)
+    return Head(positions, chain[0], chain, loss, steps, upcast, compute, made, norms)
 
 
 def _compute_of(linear: Node) -> torch.dtype | None:
@@ -131,14 +140,53 @@ def _steps(chain: list[Node], dtype: torch.dtype) -> list[float] | str:
     return "rows are sliced after a view" if operator.getitem in kinds[viewed:] else steps
 
 
-def _made(graph: Graph, chain: list[Node], loss: Node) -> list[Node] | str:
+def _norms(chain: list[Node], loss: Node) -> list[Node] | str:
+    """The nodes that take the logsumexp of just what the loss reads."""
+    found = []
+    for i, node in enumerate(chain):
+        for reader in node.users:
+            if reader.target in NORMS and _over_columns(reader, value_of(node).ndim):
+                viewed = any(n.target in VIEWS for n in chain[: i + 1])
+                later = all(step_of(n) == "rows" and n.target in ROWS for n in chain[i + 1 :])
+                if not later or (viewed and value_of(node).ndim > 2):
+                    return f"{reader.name} reads logits that are not those of the loss"
+                found.append(reader)
+    if not found:
+        return found
+    if any(n.target not in {*ROWS, operator.getitem} for n in given_after(loss, found)):
+        return f"{found[0].name} reads the logits before the labels are made"
+    return found
+
+
+def given_after(loss: Node, norms: list[Node]) -> list[Node]:
+    """What makes labels and class weights of a loss, but after the first of `norms`, in order."""
+    order = {node: i for i, node in enumerate(loss.graph.nodes)}
+    options, start = options_of(loss), min(order[n] for n in (loss, *norms))
+    stack = [n for n in (options["target"], options["weight"]) if n is not None]
+    found: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in found and order[node] > start:
+            found.add(node)
+            stack += node.all_input_nodes
+    return sorted(found, key=order.__getitem__)
+
+
+def _over_columns(reader: Node, ndim: int) -> bool:
+    names = dict(zip(("input", "dim", "keepdim"), reader.args, strict=False)) | reader.kwargs
+    dim: Any = names.get("dim")
+    last = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    return last in (-1, ndim - 1) and not names.get("keepdim", False)
+
+
+def _made(graph: Graph, chain: list[Node], readers: list[Node]) -> list[Node] | str:
     """The nodes from the linear to the only one that the graph returns, or none."""
     output = graph.output_node()
     returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     paths = []
     for i, node in enumerate(chain):
         paths += [chain[: i + 1]] * returned.count(node)
-        for reader in node.users.keys() - {*chain, loss, output}:
+        for reader in node.users.keys() - {*chain, *readers, output}:
             side = _side(reader, output)
             if isinstance(side, str):
                 return side
@@ -161,8 +209,9 @@ def _side(node: Node, output: Node) -> list[Node] | str:
 
 def step_of(node: Node) -> Any:
     """A number to scale by, 0.0 for tanh, "rows", "upcast", or None for anything else."""
-    if node.target in SCALES and isinstance(node.args[1], int | float) and node.args[1]:
-        return SCALES[node.target](node.args[1])
+    if node.target in SCALES and len(node.args) == 2 and not node.kwargs:
+        number = node.args[0] if node.args[1] is _read_by(node) else node.args[1]
+        return SCALES[node.target](number) if isinstance(number, int | float) and number else None
     if node.target in (torch.tanh, "tanh"):
         return 0.0
     given = (*node.args, *node.kwargs.values())
@@ -175,6 +224,13 @@ def step_of(node: Node) -> Any:
     if node.target is operator.getitem and _keeps_columns(node):
         return "rows"
     return None
+
+
+def _read_by(node: Node) -> Any:
+    """The operand that a step reads: the second one in `2 * z`."""
+    if node.target in PRODUCTS and len(node.args) == 2 and isinstance(node.args[0], int | float):
+        return node.args[1]
+    return node.args[0] if node.args else None
 
 
 def _keeps_columns(node: Node) -> bool:

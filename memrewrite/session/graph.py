@@ -315,8 +315,8 @@ def _sizes(head: Head, chunks: int) -> str:
     size, small = (n * vocabulary * itemsize / 1e6 for n in (rows, mine))
     count = -(-rows // mine) if rows else 0
     return (
-        f"logits: {size:.1f} MB -> {small:.1f} MB in {count} chunks of {mine} rows, exact "
-        "(in neither total)"
+        f"logits: {size:.1f} MB -> {small:.1f} MB in {count} chunks of {mine} rows, exact"
+        f"{', computed again in backward' if head.by_rows else ''} (in neither total)"
     )
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes import chunked_loss
+from passes import chunked_rows
 from passes.base import adds_present, aten, is_alias, operand, storage_root, tensor_bytes
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
@@ -138,9 +138,9 @@ def timeline(graph: Graph, outside: Mapping[Node, tuple[str, Kind]]) -> Timeline
             if not values.read_by_call(node) and not _crosses(calls, made, stop):
                 continue  # written and read within one kernel
         buffers.append(Buffer(node, kind, made, stop, tensor_bytes(node)))
-    for node in graph.find_nodes(op="call_function", target=chunked_loss.op):
+    for node, workspace, _ in chunked_rows.calls(graph):
         at = position[node]
-        buffers.append(Buffer(node, "temporary", at, at, chunked_loss.workspace_of(node)))
+        buffers.append(Buffer(node, "temporary", at, at, workspace))
     return Timeline(nodes, tuple(buffers))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from passes import chunked_loss
+from passes import chunked_rows
 from passes.base import aten, base_of, tensor_bytes
 from passes.joint.find import WeightGradient
 from passes.split.saved import Kept
@@ -60,8 +60,7 @@ def operations(matmul: Node) -> Any:
 def all_operations(joint: Graph) -> Any:
     """Operations of all matmuls of a joint graph, including those of a loss in chunks."""
     matmuls = sum(operations(n) for n in joint.nodes if n.target in MATMULS)
-    losses = joint.find_nodes(op="call_function", target=chunked_loss.op)
-    return matmuls + sum(chunked_loss.operations_of(n) for n in losses)
+    return matmuls + sum(operations for _, _, operations in chunked_rows.calls(joint))
 
 
 def choose_recomputes(
