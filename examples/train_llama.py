@@ -67,6 +67,7 @@ CONFIGURATIONS: dict[str, Callable[[LlamaForCausalLM], object]] = {
 DEFAULTS = ["torch.compile", "memrewrite velora + galore", "memrewrite velora all + galore"]
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = {
+    "tiny": (256, 704, 1, 4),
     "small": (256, 704, 4, 4),
     "60m": (512, 1376, 8, 8),  # GaLore's LLaMA 60M
 }

@@ -141,7 +141,9 @@ def register(name: str, make: Callable[[], Method | Moment]) -> None:
 
 def restore(model: N) -> N:
     """Undo `compile`: the model runs eagerly again. Raises ValueError if it was not compiled."""
-    strays.forget(session_of(model), inner(model))
+    session = session_of(model)
+    strays.forget(session, inner(model))
+    session.unname()
     del _sessions[inner(model)]
     inner(model)._compiled_call_impl = None
     return model

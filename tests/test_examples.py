@@ -28,7 +28,7 @@ def test_the_demo(tmp_path: Path, text: Path) -> None:
     (ids,) = text.iterdir()
     (tmp_path / ids.name).symlink_to(ids)
     chosen = ("torch.compile", "memrewrite velora all + galore")
-    sizes = ("--steps", "6", "--batch", "2", "--sequence", "32", "--vocab", "300")
+    sizes = ("--size", "tiny", "--steps", "6", "--batch", "2", "--sequence", "32", "--vocab", "300")
     done = example("train_llama.py", *sizes, "--output", str(tmp_path), "--configurations", *chosen)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -123,7 +123,11 @@ def _compute_of(linear: Node) -> torch.dtype | None:
 
 
 def _steps(chain: list[Node], dtype: torch.dtype) -> list[float] | str:
-    """The scales and tanh between the linear and a loss that is computed in `dtype`."""
+    """The scales and tanh between the linear and a loss that is computed in `dtype`.
+
+    One that the model computes in the dtype of the linear is computed in that of the loss, without
+    its rounding, as compiled code does too.
+    """
     steps: list[float] = []
     for node in chain[1:]:
         step = step_of(node)
@@ -131,7 +135,7 @@ def _steps(chain: list[Node], dtype: torch.dtype) -> list[float] | str:
             return f"{node.name} stands between the head and the loss"
         if step not in ("rows", "upcast"):
             steps.append(float(step))
-            if value_of(node).dtype != dtype:
+            if value_of(node).dtype not in (dtype, value_of(chain[0]).dtype):
                 return f"{node.name} is computed in {value_of(node).dtype}, the loss in {dtype}"
     if torch.float64 in (value_of(chain[0]).dtype, dtype) and dtype != value_of(chain[0]).dtype:
         return "the loss casts from float64"
@@ -148,7 +152,8 @@ def _norms(chain: list[Node], loss: Node) -> list[Node] | str:
             if reader.target in NORMS and _over_columns(reader, value_of(node).ndim):
                 viewed = any(n.target in VIEWS for n in chain[: i + 1])
                 later = all(step_of(n) == "rows" and n.target in ROWS for n in chain[i + 1 :])
-                if not later or (viewed and value_of(node).ndim > 2):
+                rounded = value_of(reader).dtype != value_of(loss).dtype
+                if not later or rounded or (viewed and value_of(node).ndim > 2):
                     return f"{reader.name} reads logits that are not those of the loss"
                 found.append(reader)
     if not found:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from memrewrite.compiler.backend import Engine
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
+from memrewrite.loss.default import forget_names, name_losses
 from memrewrite.methods.bases import Bases
 from memrewrite.methods.method import OWNERS, Ask, Method, State
 from memrewrite.methods.vectors import Vectors
@@ -47,7 +48,11 @@ class Session:
     whole: frozenset[str] = frozenset()  # weights that GaLore projects, which must not be sharded
     unserved_steps: int = 0  # optimizer steps so far that had no parameter of this session
 
+    named: list[weakref.ref[nn.Module]] = field(default_factory=list)  # see loss.default
+
     def __post_init__(self) -> None:
+        model = self.model()
+        self.named = [weakref.ref(m) for m in name_losses(model)] if model is not None else []
         kept = [(method, method.state(self.model)) for method in self.methods]
         self.setting = Setting(
             self.model,
@@ -71,6 +76,10 @@ class Session:
         self.graphs.append(graph)
         self.changed()
         return graph
+
+    def unname(self) -> None:
+        """Take back the names of losses."""
+        forget_names(module for mine in self.named if (module := mine()) is not None)
 
     def changed(self, complete: bool = False) -> None:
         """Call `on_change`: a graph was compiled, or (complete) the first optimizer update was."""

@@ -42,8 +42,11 @@ def test_a_residual_stack_keeps_its_sums_behind_a_dropout_too(p: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("velora", [False, VeLoRA(8, sites="all")])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("dynamic", "velora"),
+    [(False, False), (True, VeLoRA(8, sites="all"))],
+    ids=["exact", "dynamic"],
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])
 def test_rows_sum_to_what_the_hooks_count(name: str, dynamic: bool, velora: Any) -> None:
     model, run = MODELS[name]()

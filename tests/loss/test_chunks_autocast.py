@@ -59,6 +59,12 @@ def summed(head: nn.Module, h: Tensor, y: Tensor) -> Any:
     return F.cross_entropy(kept, y[:, 1:].reshape(-1), reduction="sum") / y.numel(), z
 
 
+def capped(head: nn.Module, h: Tensor, y: Tensor) -> Any:
+    """Gemma 2's, in the dtype of the linear."""
+    z = 30 * torch.tanh(head(h) / 30)
+    return F.cross_entropy(z.view(-1, z.shape[-1]).float(), y.view(-1)), z
+
+
 def under(dtype: torch.dtype | None) -> Any:
     return torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
 
@@ -115,7 +121,12 @@ def batch(vocabulary: int, *shape: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("loss", "vocabulary", "width", "rows", "how"),
-    [(plainly, 48, 24, 7, ""), (upcast, 301, 64, 50, "bias"), (summed, 64, 16, 33, "tied")],
+    [
+        (plainly, 48, 24, 7, ""),
+        (upcast, 301, 64, 50, "bias"),
+        (summed, 64, 16, 33, "tied"),
+        (capped, 48, 24, 7, ""),
+    ],
 )
 def test_autocast_is_as_precise_as_whole_logits(
     dtype: Any, loss: Any, vocabulary: int, width: int, rows: int, how: str
@@ -149,8 +160,19 @@ def texts() -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": torch.where(torch.rand(4, 16) < 0.2, -100, tokens)}
 
 
-def test_hugging_face_under_autocast() -> None:
-    no_worse(llama(), texts(), BF16)
+CAPPED: dict[str, Any] = {
+    "Gemma2": {"num_key_value_heads": 2, "head_dim": 16, "final_logit_softcapping": 2.0},
+    "Granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", ["Llama", *CAPPED])
+def test_hugging_face_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(hf, f"{name}Config")
+    own = {"num_attention_heads": 2, **CAPPED.get(name, {})}
+    model = getattr(hf, f"{name}ForCausalLM")(config(**LLAMA, **SMALL, **own))
+    no_worse(model.train(), texts(), BF16)
 
 
 # --- float16 --------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LlamaForCausalLM": (hf.LlamaConfig, SMALL),
     "Gemma2ForCausalLM": (hf.Gemma2Config, {**SMALL, "num_key_value_heads": 2, "head_dim": 16}),
     "GraniteForCausalLM": (hf.GraniteConfig, {**SMALL, "logits_scaling": 4.0}),
+    "GPT2LMHeadModel": (
+        hf.GPT2Config,
+        {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 96}
+        | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    ),
     "MixtralForCausalLM": (
         hf.MixtralConfig,
         {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True},
@@ -72,3 +77,12 @@ def test_loss_logits_and_gradients_are_those_of_eager(name: str) -> None:
     torch.testing.assert_close(got.logits + 0, want.logits)
     for (path, p), q in zip(compiled.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=path)
+
+
+def test_restore_forgets_the_name_of_gpt2s_loss() -> None:
+    config, options = FAMILIES["GPT2LMHeadModel"]
+    model = hf.GPT2LMHeadModel(config(**options)).train()
+    assert model.loss_type is None
+    memrewrite.compile(model, backend="aot_eager")
+    assert model.loss_type == "ForCausalLM"
+    assert memrewrite.restore(model).loss_type is None

@@ -25,7 +25,7 @@ ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["bert"])  # tests/test_inductor.py has a LLaMA
 def test_saved_bytes_are_those_of_a_run(name: str) -> None:
     model, run = MODELS[name]()
     whole = Wrapped(model.train(), run)
@@ -59,7 +59,7 @@ def tokens(batch: int, sequence: int) -> dict[str, torch.Tensor]:
 @pytest.mark.inductor
 def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
     torch.manual_seed(0)
-    model = tiny().to_empty(device="cpu")
+    model = tiny(1).to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     memrewrite.compile(model, velora=VeLoRA(8, sites="all"), dynamic=True)
@@ -67,7 +67,7 @@ def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
     found = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, input_ids=ids, labels=ids)
     assert set(found.symbols) == {"B", "S"}
     assert isinstance(found.rewritten.saved, sympy.Basic)
-    for batch, sequence in ((2, 12), (3, 16), (4, 32), (8, 64), (5, 40)):
+    for batch, sequence in ((2, 12), (3, 16), (8, 64)):
         ids = torch.randint(0, 96, (batch, sequence))
         rows = memrewrite.saved_tensors(model, input_ids=ids, labels=ids)
         inputs = sum(row.bytes for row in rows if row.kind == "input")
@@ -77,7 +77,7 @@ def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
 
 @pytest.mark.slow
 def test_formulas_equal_the_numbers_of_a_static_program() -> None:
-    model = memrewrite.compile(tiny(), galore_rank=4)
+    model = memrewrite.compile(tiny(1), galore_rank=4)
     symbolic = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, **tokens(2, 12))
     for batch, sequence in ((2, 12), (3, 16), (8, 64)):
         there = symbolic.evaluate(B=batch, S=sequence)
@@ -282,7 +282,7 @@ def test_small_gradients_and_their_moments_are_counted_as_they_are() -> None:
 def test_a_checkpointed_model_is_estimated_in_numbers() -> None:
     """What is recomputed keeps the state of random numbers, whose size is a symbol of its own."""
     config = hf.LlamaConfig(
-        hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=96, use_cache=False,
     )  # fmt: skip
     model = hf.LlamaForCausalLM(config).train()
