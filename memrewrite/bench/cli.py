@@ -20,7 +20,7 @@ from memrewrite.bench.run.subject import Request
 from memrewrite.bench.show import chart, pairs, pareto
 from memrewrite.bench.show.summary import problems, summarise, summarise_training
 from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, loss_table, table
-from memrewrite.predict import models
+from memrewrite.predict import models, pretrained
 
 INTERRUPTED = 130  # exit status after Ctrl-C, by convention of shells
 
@@ -58,6 +58,7 @@ def _cost(words: list[str]) -> int:
     _check(given)
     chosen = configurations.chosen(given.configurations)
     asked = _request(given)
+    print(weights_of(asked.model))
     document = Document(given.output, {"kind": "cost", **vars(asked)}, given.resume)
     how = Settings(given.repeats, given.rounds, given.together, given.timeout)
     with _progress() as (show, tick, expect):
@@ -125,6 +126,7 @@ def _training(given: argparse.Namespace) -> int:
     chosen = configurations.chosen(given.configurations)
     asked = _request(given)
     quality.check(asked)
+    print(weights_of(asked.model))
     request = {"kind": "train", "steps": given.steps, **vars(asked)}
     document = Document(given.output, request, given.resume)
     how = quality.Settings(given.steps, given.seeds, rates, given.data)
@@ -148,6 +150,11 @@ def model_flags(
         help=f"a config.json, {', '.join(models.NAMES)}, or module:function (%(default)s)",
     )
     parser.add_argument("--hf-config", metavar="FILE", help="the same as MODEL, for a config.json")
+    parser.add_argument(
+        "--pretrained",
+        metavar="NAME|PATH",
+        help=f"real weights: {', '.join(pretrained.PACKAGES)}, a folder or a GGUF file",
+    )
     parser.add_argument("--batch", type=int, default=batch, help="%(default)s")
     parser.add_argument("--seq", type=int, default=seq, help="%(default)s")
     parser.add_argument("--vocab", type=int, help="another vocabulary than the model's")
@@ -190,13 +197,27 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _request(given: argparse.Namespace) -> Request:
-    model = given.hf_config or given.model
+    if given.pretrained and not pretrained.is_pretrained(given.pretrained):
+        pretrained.source(given.pretrained)  # raises, and names the remedy
+    model = given.pretrained or given.hf_config or given.model
     keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
     asked = Request(model, **{key: getattr(given, key) for key in keys if key in given})
     if ":" not in model:  # fail now for an unknown one, not in each process
         images = models.takes_images(models.from_config(model))
         return replace(asked, seq=None) if images else asked
     return asked
+
+
+def weights_of(model: str) -> str:
+    """One line on where the weights of a MODEL come from."""
+    if pretrained.is_pretrained(model):
+        return f"weights: {model}, SHA-256 {pretrained.source(model).digest()}"
+    if ":" in model:
+        return f"weights: those that {model} returns"
+    return (
+        "weights: random. Bytes and seconds do not depend on them; errors of gradients under "
+        "rounding (fp8) do, and random ones flatter: --pretrained smollm2"
+    )
 
 
 def _run(work: Callable[[], None], document: Document, show: Callable[[], None]) -> int:

@@ -62,7 +62,7 @@ COSTLY = (
 RECOMPUTE_SHARE = 1 / 4
 # Share of all operations that a graph with its loss in chunks may spend on them too: without the
 # logits, the layers' saved tensors are the peak.
-SPARE_SHARE = 1 / 50
+SPARE_SHARE = 1 / 20
 
 Split = tuple[GraphModule, GraphModule]  # forward, backward
 Cut = Callable[[GraphModule, int], Split]  # (joint, number of forward outputs)

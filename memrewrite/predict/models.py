@@ -1,9 +1,9 @@
 """The MODEL argument of the command line: models and inputs by description.
 
 A MODEL is a Hugging Face config.json, one of the GaLore paper's LLaMA shapes by name
-(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, smollm2 with its real
-weights (`memrewrite.predict.pretrained`), or `module:function`,
-a callable that returns (model, args, kwargs).
+(llama-60m, 130m, 350m, 1b, 7b; and llama-70b), gpt2-small, vit-small, a model with real weights
+(`memrewrite.predict.pretrained`: smollm2, minilm, a folder or a GGUF file), or `module:function`, a
+callable that returns (model, args, kwargs).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ LLAMA = {
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
 NAMES = (*LLAMA, "gpt2-small", "vit-small", *pretrained.PACKAGES)
-DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # names in configs
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer] | None] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -58,18 +56,17 @@ def from_config(
 
     dropout: False sets every dropout rate to 0. Raises ValueError for an unknown config.
     """
-    if name in pretrained.PACKAGES:
+    if pretrained.is_pretrained(name):
         if vocab is not None or layers is not None:
             raise ValueError(f"{name} is pretrained: its vocabulary and its layers are given")
-        return pretrained.load(name, dtype)
+        return pretrained.load(name, dtype, dropout)
     config = config_of(name)
     if vocab is not None:
         config.vocab_size = vocab
     if layers is not None:
         config.num_hidden_layers = layers
     if not dropout:
-        for key in [k for k, v in vars(config).items() if v and DROPOUT.search(k)]:
-            setattr(config, key, 0.0)
+        pretrained.stop_dropout(config)
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     images = "image_size" in vars(config)
@@ -85,13 +82,18 @@ def takes_images(model: Any) -> bool:
 
 
 def inputs(model: Any, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of random tokens with labels, or of images for a model that takes images."""
+    """A batch of random tokens with labels, or of images for a model that takes images.
+
+    A classifier of sequences gets one label each.
+    """
     config = model.config
     if takes_images(model):
         size = (batch, config.num_channels, config.image_size, config.image_size)
         labels = torch.zeros(batch, dtype=torch.int64)
         return {"pixel_values": torch.randn(size, dtype=dtype), "labels": labels}
     ids = torch.randint(config.vocab_size, (batch, sequence))
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return {"input_ids": ids, "labels": torch.randint(config.num_labels, (batch,))}
     return {"input_ids": ids, "labels": ids}
 
 

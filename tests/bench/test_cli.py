@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from memrewrite.bench.cli import _run
+from memrewrite.bench.cli import _run, weights_of
 from memrewrite.bench.document import Document
 from memrewrite.cli import main
 
@@ -54,3 +55,16 @@ def test_a_bench_fails_where_every_row_does(failed: int, tmp_path: Path) -> None
         for i in range(2)
     ]
     assert _run(lambda: None, document, lambda: None) == (failed == 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("llama-60m", "weights: random"), ("planted:model", "those that planted:model returns")],
+)
+def test_a_bench_says_whose_weights_it_measures(model: str, words: str) -> None:
+    assert words in weights_of(model)
+
+
+def test_a_bench_prints_the_digest_of_real_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert hashlib.sha256(b"weights").hexdigest() in weights_of(str(tmp_path))

@@ -358,20 +358,6 @@ def test_other_readers_of_the_logits_are_declined(change: Any, why: str) -> None
         model(**batch(48, 3, 20))
 
 
-def scaled_low(head: nn.Module, h: Tensor, y: Tensor) -> Any:
-    z = head(h) * 0.3
-    return F.cross_entropy(z.view(-1, z.shape[-1]), y.view(-1)), z
-
-
-def test_a_scale_in_low_precision_is_declined() -> None:
-    model = compiled(Head(scaled_low))
-    with pytest.warns(
-        memrewrite.MemrewriteWarning, match=r"in torch.bfloat16, the loss in torch.f"
-    ):
-        with under(BF16):
-            model(**batch(48, 3, 20))
-
-
 def test_mixed_dtypes_outside_of_autocast_raise_as_before() -> None:
     model = compiled(Head(plainly))
     model.head.bfloat16()

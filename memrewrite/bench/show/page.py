@@ -17,6 +17,7 @@ from memrewrite.bench.document import FILE, load, title
 from memrewrite.bench.show import chart, pairs, pareto
 from memrewrite.bench.show.summary import problems, summarise, summarise_training
 from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, anchor, loss_table, table
+from memrewrite.predict.pretrained import is_pretrained
 
 Data = Mapping[str, Any]
 INTRO = """\
@@ -78,6 +79,7 @@ def _cost(folder: Path, at: Path, data: Data) -> Iterator[str]:
     yield from _opening(folder, at, data)
     yield table(rows, "github", slug)
     yield from _problems(data, rows)
+    yield from _random(data, rows)
     yield LEGEND
     chart.pareto(rows, title(data), at / "pareto.svg")
     yield f"![memory against time]({_name(folder, at)}/pareto.svg)"
@@ -130,6 +132,16 @@ def _problems(data: Data, rows: Sequence[Data]) -> Iterator[str]:
     lines += [line for row in rows for line in problems(dict(row))]
     if lines:
         yield "\n".join(f"- {line}" for line in lines)
+
+
+def _random(data: Data, rows: Sequence[Data]) -> Iterator[str]:
+    """A mark on rows that round, where the weights are random."""
+    rounded = [f"`{row['name']}`" for row in rows if row["configuration"].get("fp8") is not None]
+    if rounded and not is_pretrained(data["request"]["model"]):
+        yield (
+            "Errors of gradients under rounding are of random weights alone, which flatter them: "
+            f"{', '.join(rounded)}."
+        )
 
 
 def _others(folder: Path) -> Iterator[str]:

@@ -103,6 +103,6 @@ def test_all_operations_are_those_of_matmuls_and_of_a_loss_in_chunks() -> None:
     graph = b.returns(h, h)
     assert all_operations(graph) == 2 * 5 * 8 * 8
     with graph.inserting_before(graph.output_node()):
-        y = graph.create_node("placeholder", "y")
-        graph.call_function(chunked_loss.op, (h, w, None, y))
+        rest = [], True, -100, 0.0, True, 2, True, None, torch.float32
+        graph.call_function(chunked_loss.op, (h, w, None, x, *rest))
     assert all_operations(graph) == 2 * 5 * 8 * 8 + 3 * 2 * 5 * 9 * 8
