@@ -136,7 +136,8 @@ def _problems(data: Data, rows: Sequence[Data]) -> Iterator[str]:
 
 def _random(data: Data, rows: Sequence[Data]) -> Iterator[str]:
     """A mark on rows that round, where the weights are random."""
-    rounded = [f"`{row['name']}`" for row in rows if row["configuration"].get("fp8") is not None]
+    found = ((row["name"], row["configuration"].get("fp8")) for row in rows)
+    rounded = [f"`{name}`" for name, fp8 in found if fp8 is not None and fp8 is not False]
     if rounded and not is_pretrained(data["request"]["model"]):
         yield (
             "Errors of gradients under rounding are of random weights alone, which flatter them: "
