@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
@@ -56,6 +55,6 @@ def test_a_loss_in_chunks_spends_a_twentieth_of_the_matmuls_on_recomputing() -> 
     assert products_saved(8, loss_chunks=4) == 2 * LAYERS
 
 
-def test_a_budget_of_the_users_own_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functorch_config, "activation_memory_budget", 0.999)
-    assert products_saved(256, loss_chunks=4) == 2 * LAYERS
+def test_a_budget_of_the_users_own_decides() -> None:
+    with functorch_config.patch(activation_memory_budget=0.999):
+        assert products_saved(256, loss_chunks=4) == 2 * LAYERS

@@ -77,7 +77,7 @@ def test_formulas_equal_what_a_dynamic_program_keeps() -> None:
 
 @pytest.mark.slow
 def test_formulas_equal_the_numbers_of_a_static_program() -> None:
-    model = memrewrite.compile(tiny(1), galore_rank=4)
+    model = memrewrite.compile(tiny(), galore_rank=4)
     symbolic = memrewrite.estimate(model, optimizer=ADAMW, dynamic=True, **tokens(2, 12))
     for batch, sequence in ((2, 12), (3, 16), (8, 64)):
         there = symbolic.evaluate(B=batch, S=sequence)
