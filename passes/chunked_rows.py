@@ -67,8 +67,7 @@ def losses_of_rows(
     parts = (torch.split(t, rows) for t in (h, labels, losses, lse))
     with torch.autocast(h.device.type, enabled=False):
         for part, y, loss, norm in zip(*parts, strict=True):
-            z = F.linear(part.to(compute), low, bias_low).to(inner)  # (rows, V)
-            apply_steps(z, steps)
+            z, _ = _logits(part, low, bias_low, inner, steps)
             label, spread, total = _target(y, classes, z, ignore_index, label_smoothing)
             t = label * z.gather(1, _index(y, ignore_index)).squeeze(1)
             if label_smoothing:
@@ -107,9 +106,7 @@ def gradients_of_rows(
     parts = (torch.split(t, rows) for t in (h, labels, g.to(inner), k.to(inner), dh))
     with torch.autocast(h.device.type, enabled=False):
         for part, y, one, other, mine in zip(*parts, strict=True):
-            part = part.to(compute)
-            z = F.linear(part, low, bias_low).to(inner)  # (rows, V)
-            slopes = apply_steps(z, steps)
+            z, slopes = _logits(part, low, bias_low, inner, steps)
             label, spread, total = _target(y, classes, z, ignore_index, label_smoothing)
             z.sub_(z.amax(1, keepdim=True)).exp_()
             z.mul_(((one * total + other) / z.sum(1)).unsqueeze(1))
@@ -122,11 +119,19 @@ def gradients_of_rows(
             z = multiply_slopes(z, steps, slopes).to(compute)
             product(mine, z, low)
             if trained:
-                add_product(dw, z.t(), part)
+                add_product(dw, z.t(), part.to(compute))
             if biased:
                 db += z.sum(0, dtype=wide)
             del z, slopes
     return dh.to(h.dtype), dw.to(w.dtype), db.to((w if bias is None else bias).dtype)
+
+
+def _logits(
+    part: Tensor, w: Tensor, bias: Tensor | None, inner: torch.dtype, steps: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """Those of a chunk, (rows, V), and the outputs of its tanh."""
+    z = F.linear(part.to(w.dtype), w, bias).to(inner)
+    return z, apply_steps(z, steps)
 
 
 def _outer(upcast: bool, compute: torch.dtype) -> torch.dtype:
@@ -146,13 +151,12 @@ def _target(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: its target at the label, that of a class of weight 1 elsewhere, and T."""
     kept = (y != ignored).to(z.dtype)
-    weight, mass = kept, float(z.shape[1])
     spread = kept * (smoothing / z.shape[1])
     if classes is None:
-        return (1 - smoothing) * kept, spread, (1 - smoothing) * kept + spread * mass
+        return (1 - smoothing) * kept, spread, kept  # smoothing / V, V times, is smoothing
     q = classes.to(z.dtype)
-    weight = kept * q[_index(y, ignored).squeeze(1)]
-    return (1 - smoothing) * weight, spread, (1 - smoothing) * weight + spread * q.sum()
+    label = (1 - smoothing) * kept * q[_index(y, ignored).squeeze(1)]
+    return label, spread, label + spread * q.sum()
 
 
 def _shapes(
@@ -168,7 +172,7 @@ def _gradient_shapes(
     trained = rest[-2]
     biased = bias is not None and trained
     db = (w if bias is None else bias).new_empty(w.shape[0] if biased else 0)
-    return torch.empty_like(h), w.new_empty(w.shape if trained else (0,)), db
+    return h.new_empty(h.shape), w.new_empty(w.shape if trained else (0,)), db
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:

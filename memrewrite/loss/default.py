@@ -12,16 +12,25 @@ from typing import Any
 
 from torch import nn
 
-DEFAULT = "ForCausalLM"
+DEFAULT, BASE = "ForCausalLM", "PreTrainedModel"
 
 
 def name_losses(model: nn.Module) -> list[nn.Module]:
     """Name the default loss of every module that has one; returns these modules."""
-    found: list[Any] = [m for m in model.modules() if hasattr(type(m), "loss_function")]
-    found = [m for m in found if getattr(m, "loss_type", DEFAULT) is None]
+    found: list[Any] = [m for m in model.modules() if _takes_the_default(m)]
     for module in found:
         module.loss_type = DEFAULT
     return found
+
+
+def _takes_the_default(module: Any) -> bool:
+    """Whether transformers itself, and not an override, chooses the loss of a module."""
+    line = type(module).__mro__
+    known = (c for c in line if c.__name__ == BASE and c.__module__.startswith("transformers."))
+    base = next(known, None)
+    if base is None or type(module).loss_function is not vars(base).get("loss_function"):
+        return False
+    return getattr(module, "loss_type", DEFAULT) is None and not hasattr(module, "_loss_function")
 
 
 def forget_names(modules: Iterable[Any]) -> None:

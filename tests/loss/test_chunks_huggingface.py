@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 import memrewrite
 from memrewrite.loss.lazy import LazyLogits
@@ -86,3 +86,31 @@ def test_restore_forgets_the_name_of_gpt2s_loss() -> None:
     memrewrite.compile(model, backend="aot_eager")
     assert model.loss_type == "ForCausalLM"
     assert memrewrite.restore(model).loss_type is None
+
+
+class Own(nn.Module):
+    """A module whose names only look like those of transformers."""
+
+    loss_type: str | None = None
+
+    def loss_function(self, x: Tensor) -> Tensor:
+        return x.sum() if self.loss_type is None else x.mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss_function(x)
+
+
+class OwnLoss(hf.GPT2LMHeadModel):
+    """A model of transformers with a loss of its own."""
+
+    loss_function = Own.loss_function
+
+
+def test_a_loss_of_the_users_own_keeps_its_type() -> None:
+    x = torch.randn(3, requires_grad=True)
+    torch.testing.assert_close(memrewrite.compile(Own(), backend="aot_eager")(x), x.sum())
+    config, options = FAMILIES["GPT2LMHeadModel"]
+    overridden, given = OwnLoss(config(**options)), hf.GPT2LMHeadModel(config(**options))
+    overridden.loss_type, given.loss_function = None, torch.nn.functional.cross_entropy
+    for model in (overridden, given):
+        assert memrewrite.compile(model, backend="aot_eager").loss_type is None

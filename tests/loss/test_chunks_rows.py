@@ -63,6 +63,12 @@ def test_equal_to_losses_and_logsumexp_of_whole_logits(
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
 
 
+def test_shapes_and_strides_are_those_that_fake_tensors_promise() -> None:
+    h, w, y = torch.randn(D, 7).t(), torch.randn(V, D), torch.randint(V, (7,))
+    given = torch.ones(7), torch.ones(7), h, w, None, y, None, [], False, -100, 0.0, 3, True
+    torch.library.opcheck(backward_op, (*given, torch.float32), test_utils="test_faketensor")
+
+
 def weighted(z: Tensor, y: Tensor, q: Tensor) -> Built:
     return F.cross_entropy(z.view(-1, V), y.view(-1), weight=q), z
 
