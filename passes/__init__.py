@@ -16,6 +16,7 @@ push         return_projections                                               (a
 attach       detach_ports, which the passes on ports end with                 (exact)
 lower        lower_ir_ops; also of update graphs, so it lies one folder up    (exact)
 absent       skip_absent_gradients; write_in_place, after the partitioning    (exact)
+tied         add_rows_in_place                                                (exact)
 
 split/: the forward graph and the backward graph
 saved        what a forward saves for its backward, and who reads it          (reads only)

@@ -9,9 +9,10 @@ has no buffer. So a value has a buffer
     if it is read after a later library call and is too expensive to recompute: it reads
        more than four buffers (Inductor's threshold), or is a reduction.
 
-Any other value is recomputed where it is read. A buffer is live from the operation that
-writes it to the last one that reads it, directly or through values without a buffer. Sizes
-may be symbolic. docs/results compares the predictions with measurements.
+Any other value is recomputed where it is read. A scatter that adds to a value which nothing
+else reads writes into its buffer. A buffer is live from the operation that writes it to the
+last one that reads it, directly or through values without a buffer. Sizes may be symbolic.
+docs/results compares the predictions with measurements.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes import chunked_rows
-from passes.base import adds_present, aten, is_alias, operand, storage_root, tensor_bytes
+from passes.base import adds_present, aten, is_alias, operand, tensor_bytes
+from passes.base import storage_root as root_of_views
+from passes.joint.tied import adds_rows
 
 Kind = Literal["saved", "returned", "input", "incoming", "output", "temporary"]
 
@@ -157,6 +160,19 @@ def _begins(node: Node, user: Node) -> bool:
     """True for a constant that `user` scatters into: the result of `user` is the same buffer."""
     scatters = any(part in _name(user) for part in ("index_put", "scatter", "index_add"))
     return node.target in CREATED and scatters and user.args[0] is node
+
+
+def storage_root(node: Node) -> Node:
+    """The node that allocated the buffer of `node`, through views and scatters that add."""
+    root = root_of_views(node)
+    while adds_rows(root):
+        into = operand(root, 0)
+        while len(into.users) == 1 and is_alias(into):
+            into = operand(into, 0)
+        if len(into.users) > 1 or into.op != "call_function" or into.target in CREATED:
+            break
+        root = root_of_views(into)
+    return root
 
 
 def _name(node: Node) -> str:
