@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memrewrite
 from memrewrite import GaLore
-from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.bench.tasks.text import batches, stdlib_ids
 from memrewrite.gradients import range_finder
 
 MB = 1e6

@@ -26,7 +26,7 @@ from tabulate import tabulate
 import memrewrite
 from memrewrite import VeLoRA
 from memrewrite.bench.run.subject import Request
-from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.bench.tasks.text import batches, stdlib_ids
 
 WARM_UP = 0.2  # of the steps
 

@@ -30,7 +30,7 @@ from torch import Tensor
 import memrewrite
 from memrewrite import GaLore
 from memrewrite.bench.run.subject import Request
-from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.bench.tasks.text import batches, stdlib_ids
 from memrewrite.gradients import range_finder
 from memrewrite.gradients.basis import Sketch
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import memrewrite
-from memrewrite.bench.run.text import VOCABULARIES, batches, stdlib_ids
+from memrewrite.bench.tasks.text import VOCABULARIES, batches, stdlib_ids
 
 RANK = 128
 CONFIGURATIONS: dict[str, Callable[[LlamaForCausalLM], object]] = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from memrewrite.bench.run.text import stdlib_ids
+from memrewrite.bench.tasks.text import stdlib_ids
 from memrewrite.session.session import _sessions
 
 settings.register_profile(

@@ -53,9 +53,10 @@ INSIDE = {  # the same for the rooms within rooms
     "passes.split": {"passes", "passes.joint"},
     "passes.update": {"passes"},
     "passes": set(),
-    "bench.run": {"bench", "bench.show"},
+    "bench.run": {"bench", "bench.show", "bench.tasks"},
     "bench.show": {"bench"},
-    "bench": {"bench.run", "bench.show"},
+    "bench.tasks": set(),
+    "bench": {"bench.run", "bench.show", "bench.tasks"},
 }
 
 

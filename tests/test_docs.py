@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from places import ROOT
 
-from memrewrite.bench import configurations
+from memrewrite.bench import sets
 from memrewrite.cli import main
 from memrewrite.predict import models
 
@@ -106,5 +106,5 @@ def test_a_command_is_accepted_with_every_flag(line: str, monkeypatch: pytest.Mo
     given = vars(done.value.given)
     model = given.get("model") or ""
     assert model in ("", *models.NAMES) or re.fullmatch(r"\w+:\w+|\w+\.py", model)
-    assert configurations.chosen(given.get("configurations", "quick"))
+    assert sets.chosen(given.get("configurations", "quick"))
     assert models.parse_bytes(given.get("fit") or "1GB") > 0

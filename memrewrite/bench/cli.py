@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memrewrite.bench import configurations
+from memrewrite.bench import configurations, sets, tasks
 from memrewrite.bench.document import Document, title
 from memrewrite.bench.run import quality
 from memrewrite.bench.run.cost import Cost, Settings
@@ -20,8 +20,10 @@ from memrewrite.bench.run.subject import Request
 from memrewrite.bench.show import chart, pairs, pareto
 from memrewrite.bench.show.summary import problems, summarise, summarise_training
 from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, loss_table, table
+from memrewrite.bench.tasks import task
 from memrewrite.predict import models, pretrained
 
+SMALL_VOCABULARY = 2048  # of random weights that are trained: a larger one takes more steps
 INTERRUPTED = 130  # exit status after Ctrl-C, by convention of shells
 
 
@@ -56,7 +58,7 @@ def _cost(words: list[str]) -> int:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds an answer may take")
     given = parser.parse_args(words)
     _check(given)
-    chosen = configurations.chosen(given.configurations)
+    chosen = sets.chosen(given.configurations)
     asked = _request(given)
     print(weights_of(asked.model))
     document = Document(given.output, {"kind": "cost", **vars(asked)}, given.resume)
@@ -99,8 +101,10 @@ def _train(words: list[str]) -> int:
     """`memrewrite bench train`."""
     parser = argparse.ArgumentParser(
         prog="memrewrite bench train",
-        description="Validation loss of each way of training, from the same start on the same text "
-        "(the standard library's source): the same learning rates and seeds for every row.",
+        description="Validation loss of each way of training, from the same start on the same "
+        "data: the same learning rates and seeds for every row.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=tasks.__doc__,
     )
     model_flags(parser, "llama-tiny", batch=8, seq=128, rank=32)
     common_flags(parser, "train", Path("out/bench_train"))
@@ -110,8 +114,11 @@ def _train(words: list[str]) -> int:
     parser.add_argument("--lrs", default=",".join(f"{lr:g}" for lr in how.lrs), help="%(default)s")
     parser.add_argument("--refresh", type=int, default=100, help="steps between GaLore's")
     parser.add_argument("--data", type=Path, default=how.data, help="cache of tokenised text")
-    parser.set_defaults(vocab=2048)
-    return _training(parser.parse_args(words))
+    parser.add_argument("--task", choices=task.TASKS, help="by default what fits the model")
+    given = parser.parse_args(words)
+    if not given.pretrained and given.vocab is None:
+        given.vocab = SMALL_VOCABULARY
+    return _training(given)
 
 
 def _training(given: argparse.Namespace) -> int:
@@ -123,9 +130,8 @@ def _training(given: argparse.Namespace) -> int:
         raise ValueError(f"--lrs {given.lrs!r}: write numbers, separated by commas") from None
     if min(rates) <= 0:
         raise ValueError(f"--lrs {given.lrs!r}: learning rates are positive")
-    chosen = configurations.chosen(given.configurations)
-    asked = _request(given)
-    quality.check(asked)
+    chosen = sets.chosen(given.configurations)
+    asked = quality.check(_request(given))
     print(weights_of(asked.model))
     request = {"kind": "train", "steps": given.steps, **vars(asked)}
     document = Document(given.output, request, given.resume)
@@ -171,11 +177,11 @@ def model_flags(
 
 def common_flags(parser: argparse.ArgumentParser, default: str, output: Path) -> None:
     """Add the flags of the configurations and the output."""
-    sets = ", ".join(configurations.SETS)
+    known = ", ".join(sets.SETS)
     parser.add_argument(
         "--configurations",
         default=default,
-        help=f"names, patterns or sets ({sets}, all), by commas (%(default)s)",
+        help=f"names, patterns or sets ({known}, all), by commas (%(default)s)",
     )
     parser.add_argument("--output", type=Path, default=output, help="%(default)s")
     parser.add_argument("--resume", action="store_true", help="continue the bench in --output")
@@ -200,7 +206,8 @@ def _request(given: argparse.Namespace) -> Request:
     if given.pretrained and not pretrained.is_pretrained(given.pretrained):
         pretrained.source(given.pretrained)  # raises, and names the remedy
     model = given.pretrained or given.hf_config or given.model
-    keys = ("batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout")
+    keys = ["batch", "seq", "vocab", "layers", "dtype", "device", "rank", "refresh", "dropout"]
+    keys += ["task"]
     asked = Request(model, **{key: getattr(given, key) for key in keys if key in given})
     if ":" not in model:  # fail now for an unknown one, not in each process
         images = models.takes_images(models.from_config(model))

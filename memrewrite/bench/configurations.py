@@ -18,7 +18,8 @@
     budget-X                   torch's activation_memory_budget=X
     fp8-X                      torch's fp8 pass over saved activations of X MiB and more; fp8 is
                                fp8-2.5: attention masks do not survive it
-    lora                       LoRA adapters on the value and down projections
+    lora-R                     LoRA adapters of rank R on the value and down projections; lora is
+                               lora-8
     peft-velora-M              PEFT's VeLoRA on them
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
                                in place of fused AdamW
@@ -34,9 +35,7 @@ memrewrite is compiled by torch.compile, such as `checkpointing`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -53,8 +52,9 @@ OPTIMIZERS = {  # part -> package that must be installed
 CONTROLLED: tuple[Controlled, ...] = ("auto", "all", "galore")
 PARAMETRIC = (
     *("velora-auto-16", "velora-all-16", "budget-0.5", "fp8-2.5", "peft-velora-16"),
-    *("slowed-auto-0.25", "chunks-8"),
+    *("slowed-auto-0.25", "chunks-8", "lora-16"),
 )
+LORA_RANK = 8
 # MiB; torch's default, 100, excludes the activations of small models. With 0 the masks of
 # 8 x 256 tokens (2 MiB) are rounded too, and the gradients of LLaMA and GPT-2 are not finite.
 FP8_FROM = 2.5
@@ -76,7 +76,7 @@ class Configuration:
     aggressive: bool = False
     budget: float | None = None
     fp8: float | None = None
-    lora: bool = False
+    lora: int | None = None  # the rank
     peft_velora: int | None = None
     velora: int | None = None
     sites: Literal["auto", "all"] = "auto"
@@ -118,12 +118,16 @@ class Configuration:
     @property
     def baseline(self) -> str:
         """The name of the configuration that its ratios refer to."""
-        return f"lora+{BASELINE}" if self.lora else BASELINE
+        return f"{self._adapters}+{BASELINE}" if self.lora else BASELINE
 
     @property
     def reference(self) -> str:
         """The name of the configuration with the exact gradients."""
-        return "lora+eager" if self.lora else "eager"
+        return f"{self._adapters}+eager" if self.lora else "eager"
+
+    @property
+    def _adapters(self) -> str:
+        return "lora" if self.lora == LORA_RANK else f"lora-{self.lora}"
 
     @property
     def functorch(self) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "checkpointing": {"checkpointing": True},
         "aggressive": {"aggressive": True},
         "fp8": {"fp8": FP8_FROM},
-        "lora": {"lora": True},
+        "lora": {"lora": LORA_RANK},
         "dense": {"dense": True},
         "pushed": {"pushed": True},
         "staggered": {"staggered": True},
@@ -225,6 +229,8 @@ def _meaning(part: str) -> dict[str, Any]:
     if kind == "chunks" and value.isdecimal():
         return {"engine": "memrewrite", "chunks": int(value)}
     if value.isdecimal() and int(value):
+        if kind == "lora":
+            return {"lora": int(value)}
         if kind == "peft-velora":
             return {"engine": "eager", "peft_velora": int(value)}
         for sites in ("auto", "all"):
@@ -241,97 +247,3 @@ def _meaning(part: str) -> dict[str, Any]:
 
 def _is_share(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal() and 0 <= float(text) <= 1
-
-
-SETS: dict[str, Sequence[str]] = {
-    "quick": (
-        "torch.compile",
-        "torch.compile+checkpointing",
-        "budget-0.5",
-        "memrewrite",
-        "velora-all-16",
-        "velora-all-16+checkpointing",
-    ),
-    "activations": (
-        "eager",
-        "eager+checkpointing",
-        "torch.compile",
-        "aggressive",
-        "budget-0.75",
-        "budget-0.5",
-        "budget-0.25",
-        "torch.compile+checkpointing",
-        "fp8",
-        "memrewrite",
-        "velora-auto-16",
-        "velora-all-8",
-        "velora-all-16",
-        "velora-all-16+dense",
-        "velora-all-32",
-        "velora-all-64",
-        "memrewrite+checkpointing",
-        "velora-auto-16+checkpointing",
-        "velora-all-16+checkpointing",
-        "velora-all-16+budget-0.5",
-        "memrewrite+fp8",
-        "velora-all-16+fp8",
-    ),
-    "optimizers": (
-        "torch.compile",
-        "adamw8bit-torchao",
-        "adamw8bit-bitsandbytes",
-        "adafactor",
-        "galore-torch",
-        "apollo-torch",
-        "galore",
-        "galore+pushed",
-        "velora-auto-16+galore+pushed",
-        "velora-all-16+galore",
-    ),
-    "lora": ("lora+eager", "lora+torch.compile", "lora+peft-velora-16", "lora+velora-all-16"),
-    "train": (  # within an hour on two cores; with train-more, two
-        "torch.compile",
-        "velora-auto-16+lr-sqrt",
-        "slowed-auto-0.25",
-        "frozen-auto",
-        "velora-all-16+lr-sqrt",
-        "slowed-all-0.25",
-        "frozen-all",
-        "slowed-galore-0.25",
-        "galore-torch",
-        "galore",
-    ),
-    "train-more": (
-        "velora-auto-16",
-        "velora-all-8",
-        "velora-all-16",
-        "velora-all-64",
-        "galore+staggered",
-        "galore+pushed",
-        "velora-auto-16+galore",
-        "velora-auto-16+galore+pushed",
-    ),
-}
-
-
-def chosen(text: str) -> list[Configuration]:
-    """Configurations by names, sets, and patterns over all sets, separated by commas.
-
-    Raises ValueError for anything else.
-    """
-    everything = dict.fromkeys(name for names in SETS.values() for name in names)
-    found: dict[str, Configuration] = {}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        if word == "all":
-            names = [name for name in everything if not parse(name).only_training]
-        elif any(c in word for c in "*?["):
-            names = [name for name in everything if fnmatchcase(name, word)]
-            if not names:
-                raise ValueError(f"no configuration matches {word!r}")
-        else:
-            names = list(SETS.get(word, [word]))
-        for name in names:
-            found.setdefault(name, parse(name))
-    if not found:
-        raise ValueError(f"name a configuration, or a set: {', '.join(SETS)}, all")
-    return list(found.values())

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LABELS = 20  # of a classifier that a model without a head gets
+LABELS, IMAGE_LABELS = 20, 10  # of a classifier that a model of texts or images gets
 DROPOUT = re.compile(r"dropout(_rate|_prob)?$|_pdrop$")  # names in configs
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -158,17 +158,23 @@ def _from_folder(where: Source, dtype: torch.dtype | None, dropout: bool) -> nn.
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForSequenceClassification,
     )
 
     config: Any = AutoConfig.from_pretrained(where.folder)
-    causal = any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
+    names = config.architectures or ()
+    causal = any("CausalLM" in name or "LMHead" in name for name in names)
     config.use_cache = False
-    if not causal:
-        config.num_labels = LABELS
+    images = "image_size" in vars(config)
+    if not causal and not any(name.endswith("Classification") for name in names):
+        config.num_labels = IMAGE_LABELS if images else LABELS
     if not dropout:
         stop_dropout(config)
-    architecture: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    classifier: Any = (
+        AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    )
+    architecture: Any = AutoModelForCausalLM if causal else classifier
     how = {"config": config, "dtype": dtype or torch.float32}
     model: nn.Module = architecture.from_pretrained(where.folder, **how)
     return model.train()

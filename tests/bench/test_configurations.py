@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import memrewrite
-from memrewrite.bench.configurations import SETS, chosen, parse
+from memrewrite.bench.configurations import parse
 from memrewrite.bench.run import optimizers
 from memrewrite.bench.run.subject import Request, prepare, weights_of
+from memrewrite.bench.sets import SETS, chosen
 from memrewrite.predict.models import from_config
 
 

@@ -18,11 +18,13 @@ from typing import Any
 from memrewrite.bench.configurations import Configuration, parse
 from memrewrite.bench.document import Document
 from memrewrite.bench.run import meters
+from memrewrite.bench.run.forecast import forecast
 from memrewrite.bench.run.process import Child, Failed
 from memrewrite.bench.run.subject import Request
 from memrewrite.bench.show.summary import summarise
 
 WARM_UP = 2  # rounds that are not timed
+MEMORY_STEPS = 4  # of the process that measures it
 HEADROOM = 2  # a process is started if this many times the largest so far is available
 DRAWS = "the model has dropout, and draws it anew under each compiler"
 CACHES = "TORCHINDUCTOR_CACHE_DIR"
@@ -51,6 +53,7 @@ class Cost:
     tick: Callable[[], None]
     largest: int = 0
     available: int | None = None
+    forecast_said: bool = False
     scratch: Path = field(init=False)
 
     def remaining(self) -> list[tuple[int, Configuration]]:
@@ -73,8 +76,8 @@ class Cost:
             todo = self.remaining()
             self._references({c for _, c in todo})
             for repeat in range(self.settings.repeats):
-                for family in (False, True):  # without and with LoRA, each with a baseline
-                    mine = [c for r, c in todo if r == repeat and c.lora is family]
+                for base in sorted({c.baseline for _, c in todo}, reverse=True):  # LoRA's, last
+                    mine = [c for r, c in todo if r == repeat and c.baseline == base]
                     while mine:
                         taken = self._group(mine, repeat)
                         mine = [c for c in mine if c not in taken]
@@ -124,6 +127,7 @@ class Cost:
                 runs[configuration] = {"repeat": repeat, "error": None}
                 if self._start(child, runs[configuration]):
                     children[configuration] = child
+                    self._forecast(child, runs[configuration])
             self._rounds(children, runs, base)
         for configuration in waiting:
             if configuration in runs:
@@ -131,6 +135,18 @@ class Cost:
                     self._memory(configuration, runs[configuration])
                 self._learn(configuration, runs[configuration])
         return set(runs)
+
+    def _forecast(self, child: Child, run: dict[str, Any]) -> None:
+        """Print once what all that is missing will take."""
+        if self.forecast_said:
+            return
+        self.forecast_said = True
+        missing = len(self.remaining())
+        with failing({}):
+            step_s = child.ask("step")["seconds"]
+            each = WARM_UP + self.settings.rounds + MEMORY_STEPS
+            line = forecast(2 * missing, run["first_step_s"], missing * each, step_s)
+            print(line, flush=True)
 
     def _room(self) -> bool:
         return self.available is None or self.available > HEADROOM * self.largest

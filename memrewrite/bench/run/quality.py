@@ -1,4 +1,4 @@
-"""bench train: the validation loss of each configuration, from the same weights and text.
+"""bench train: the validation loss of each configuration, from the same weights and data.
 
 Every row is swept over the same learning rates with the first seed, and its best one is
 repeated with the other seeds. A seed fixes initial weights and the order of the data for all
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memrewrite.bench.configurations import Configuration
+from memrewrite.bench.configurations import Configuration, parse
 from memrewrite.bench.document import Document
 from memrewrite.bench.run.cost import CACHES, failing
+from memrewrite.bench.run.forecast import forecast
 from memrewrite.bench.run.meters import FREE_AT_ONCE
 from memrewrite.bench.run.process import Child
 from memrewrite.bench.run.subject import Request
-from memrewrite.bench.run.text import VOCABULARIES, stdlib_ids
 from memrewrite.bench.show.summary import best_rate, summarise_training
+from memrewrite.bench.tasks import task
+from memrewrite.bench.tasks.text import VOCABULARIES
 from memrewrite.predict import models
 
 
@@ -36,23 +38,22 @@ class Settings:
     timeout: float = 3600.0
 
 
-def check(asked: Request) -> None:
-    """Raise ValueError for a model that is not trained on text, before any process starts."""
-    if ":" in asked.model:
+def check(asked: Request) -> Request:
+    """The request with its task. Raises ValueError for one that cannot be, before any process."""
+    name = task.check(asked.task, asked.model, asked.layers)
+    vocabulary = vocabulary_of(asked)
+    if vocabulary and vocabulary not in VOCABULARIES:
         raise ValueError(
-            f"{asked.model} brings its own inputs, and bench train reads text: give it a "
-            f"config.json or one of {', '.join(models.LLAMA)}, gpt2-small"
-        )
-    model: Any = models.from_config(asked.model, layers=asked.layers)
-    known = getattr(model.config, "vocab_size", None)
-    if known is None:
-        raise ValueError(f"{asked.model} is no language model, and bench train reads text")
-    size = asked.vocab or known
-    if size not in VOCABULARIES:
-        raise ValueError(
-            f"{asked.model} with a vocabulary of {size:,}: bench train needs one from "
+            f"{asked.model} with a vocabulary of {vocabulary:,}: bench train needs one from "
             f"{VOCABULARIES[0]:,} to {VOCABULARIES[-1]:,}; pass --vocab"
         )
+    return replace(asked, task=None if name == task.TASKS[0] else name)
+
+
+def vocabulary_of(asked: Request) -> int:
+    """The number of tokens of the model; 0 for one of images."""
+    model: Any = models.from_config(asked.model, asked.vocab, asked.layers)
+    return int(getattr(model.config, "vocab_size", 0))
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Quality:
     settings: Settings
     show: Callable[[str], None]
     tick: Callable[[], None]
+    forecast_said: bool = False
 
     def expected(self) -> int:
         """The number of runs that are missing."""
@@ -74,7 +76,9 @@ class Quality:
     def run(self) -> None:
         """Run all that remains; each result is saved at once."""
         self.document.order(self.configurations)
-        stdlib_ids(self.settings.data, self.asked.vocab or 0)  # tokenise once, before any worker
+        name, asked = self.asked.task or task.TASKS[0], self.asked
+        data = self.settings.data  # tokenised once, before any worker
+        task.load(name, asked.model, vocabulary_of(asked), asked.seq or 0, data)
         with tempfile.TemporaryDirectory(prefix="memrewrite_bench_") as scratch:
             for configuration in self.configurations:
                 row = self.document.row(configuration)
@@ -96,7 +100,9 @@ class Quality:
             self.show(f"{name}: compiling")
             first: dict[str, Any] = {"error": None}
             with failing(first):
-                child.ask("start")
+                reference = self._reference(configuration, scratch)
+                row["first"] = child.ask("start", data=self._data, reference=reference)
+                self._forecast(row["first"]["first_step_s"], child.ask("step")["seconds"])
             if first["error"] is not None:
                 self._keep(row, {"lr": None, "seed": 0, "loss": None, **first})
                 return
@@ -109,6 +115,31 @@ class Quality:
         if "memory" not in row:
             self._memory(configuration, row, log, environment | FREE_AT_ONCE)
 
+    def _forecast(self, compile_s: float, step_s: float) -> None:
+        """Print once what all that is missing will take."""
+        if not self.forecast_said:
+            self.forecast_said = True
+            rows = sum(not self._complete(self.document.row(c)) for c in self.configurations)
+            steps = max(0, self.expected()) * self.settings.steps
+            print(forecast(2 * rows, compile_s, steps, step_s), flush=True)  # 2: memory's as well
+
+    @property
+    def _data(self) -> str:
+        return str(self.settings.data.resolve())
+
+    def _reference(self, configuration: Configuration, scratch: Path) -> str | None:
+        """A file of the exact gradients of the first batch, made once per family of rows."""
+        if configuration.frozen or configuration.exact or configuration.slowed:
+            return None
+        name = configuration.reference
+        path = scratch / f"{name}.gradients"
+        if not path.exists():
+            self.show(f"reference gradients of {name}")
+            log = self.document.path.parent / "logs" / f"{name}.reference.log"
+            with Child(parse(name), self.asked, log, {}, self.settings.timeout) as child:
+                child.ask("start", data=self._data, keep=str(path))
+        return str(path)
+
     def _memory(
         self, configuration: Configuration, row: dict[str, Any], log: Path, environment: Any
     ) -> None:
@@ -116,7 +147,7 @@ class Quality:
         row["failure"] = {"error": None}
         with Child(configuration, self.asked, log, environment, self.settings.timeout) as child:
             with failing(row["failure"]):
-                child.ask("start")
+                child.ask("start", data=self._data)
                 row["memory"] = child.ask("memory")
         self.document.save()
 
@@ -126,8 +157,8 @@ class Quality:
         self.show(f"{row['name']}: lr {lr:g}, seed {seed}")
         run: dict[str, Any] = {"lr": lr, "seed": seed, "loss": None, "error": None}
         with failing(run):
-            data = str(self.settings.data.resolve())
-            run |= child.ask("train", lr=lr, seed=seed, steps=self.settings.steps, data=data)
+            how = {"steps": self.settings.steps, "data": self._data}
+            run |= child.ask("train", lr=lr, seed=seed, **how)
         self._keep(row, run)
 
     def _keep(self, row: dict[str, Any], run: dict[str, Any]) -> None:
@@ -139,6 +170,4 @@ class Quality:
 
 def _skipped(configuration: Configuration) -> str | None:
     package = configuration.missing()
-    if package is not None:
-        return f"{package} is not installed; pip install 'memrewrite[bench]'"
-    return "adapters are not trained by this bench" if configuration.lora else None
+    return package and f"{package} is not installed; pip install 'memrewrite[bench]'"

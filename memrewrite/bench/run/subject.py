@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import memrewrite
-from memrewrite.bench.configurations import Configuration, Controlled
+from memrewrite.bench.configurations import LORA_RANK, Configuration, Controlled
 from memrewrite.compiler.backend import set_torch
 from memrewrite.predict import models
 from memrewrite.session.call import call_of
@@ -21,7 +21,7 @@ from memrewrite.sites.select import select, why_exact
 from memrewrite.sites.weights import candidates
 
 SEED = 0
-LORA = ("v_proj", "down_proj")  # the sites of VeLoRA's paper
+HEADS = {"classifier", "score"}  # new ones of classifiers, which every method trains exactly
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Request:
     rank: int = 128
     refresh: int = 10  # steps between refreshes of a projector: a short bench must include one
     dropout: bool = False  # of a model from a config; module:function keeps its own
+    task: str | None = None  # of `bench train`; None: text
 
     def build(self, seed: int = SEED) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         """(model, args, kwargs), equal for equal seeds."""
@@ -82,7 +83,7 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
     set_torch(configuration.functorch, configuration.inductor)
     model, args, kwargs = asked.build()
     if configuration.lora:
-        model = _with_lora(model, configuration.peft_velora).to(asked.device)
+        model = _with_lora(model, configuration).to(asked.device)
     model.train()
     if configuration.frozen is not None:
         for parameter in weights_of(model, configuration.frozen, asked.rank):
@@ -93,14 +94,27 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
     return Subject(model, args, kwargs)
 
 
+def start_over(model: nn.Module, configuration: Configuration, asked: Request, seed: int) -> None:
+    """Write the initial weights of a seed into a prepared model: of adapters those for training."""
+    fresh, _, _ = asked.build(seed)
+    if configuration.lora:
+        fresh = _with_lora(fresh, configuration, trained=True)
+    model.load_state_dict(fresh.state_dict())
+
+
 def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
     """The weights that VeLoRA compresses at these sites; for "galore", those it projects."""
     if sites == "galore":
         return [site.weight.parameter for site in sites_of(model, GaLore(rank)).projected]
     found = candidates(model)
     names = select(found, "auto" if sites == "auto" else "all")
-    chosen = [w for w in found if w.name in names and why_exact(w) is None]
+    chosen = [w for w in found if w.name in names and why_exact(w) is None and _has(w.name)]
     return list(dict.fromkeys(weight.parameter for weight in chosen))
+
+
+def _has(name: str) -> bool:
+    """Whether the pretrained model has it, so that it is no new head."""
+    return HEADS.isdisjoint(name.split("."))
 
 
 def _checkpoint(model: Any) -> None:
@@ -117,11 +131,13 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
         model._compiled_call_impl = torch.compile(call_of(model))
     elif configuration.engine == "memrewrite":
         size = configuration.velora
+        heads = any(not _has(name) for name, _ in model.named_modules())
+        sites: Any = configuration.sites
+        if heads and sites == "all":
+            sites = lambda name, _: _has(name)  # noqa: E731
         gradients: Any = "dense" if configuration.dense else "coordinates"
         scale: Any = "sqrt" if configuration.lr_sqrt else 1.0
-        velora = memrewrite.VeLoRA(
-            size or 16, configuration.sites, lr_scale=scale, gradients=gradients
-        )
+        velora = memrewrite.VeLoRA(size or 16, sites, lr_scale=scale, gradients=gradients)
         how: Any = "coordinates" if configuration.pushed else "dense"
         galore = memrewrite.GaLore(
             asked.rank,
@@ -137,19 +153,26 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
         memrewrite.compile(model, velora=velora if size else False, galore=wanted, **other)
 
 
-def _with_lora(model: Any, size: int | None) -> Any:
-    """The model with adapters of rank 8; with a sub-token size, PEFT's VeLoRA.
+def _with_lora(model: Any, configuration: Configuration, trained: bool = False) -> Any:
+    """The model with adapters on VeLoRA's auto sites; with a sub-token size, PEFT's VeLoRA.
 
-    B is random: at zero, as in training, the gradient of A would be zero and show no error. PEFT
+    B is random unless `trained`: at zero, the gradient of A would be zero and show no error. PEFT
     has one number of groups for all layers: here each layer is set up with that of its width.
     Its v is, as in the paper and in memrewrite, the mean of the first batch, then frozen.
     """
+    size, rank = configuration.peft_velora, configuration.lora or LORA_RANK
     from peft import LoraConfig, VeloraConfig, get_peft_model
     from peft.tuners.lora.variants import VeloraLinearVariant
 
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    where: Any = list(LORA) if names.issuperset(LORA) else "all-linear"
-    config = LoraConfig(r=8, target_modules=where, init_lora_weights=False)
+    where = sorted(select(candidates(model), "auto"))
+    heads = [name for name, _ in model.named_children() if name in HEADS]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=where,
+        modules_to_save=heads or None,
+        init_lora_weights=trained,
+    )
     if size:
         config.velora_config = VeloraConfig(init_type="batch_average_once")
     adapted: Any = get_peft_model(model, config)

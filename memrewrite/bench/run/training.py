@@ -10,24 +10,27 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import memrewrite
+from memrewrite.bench.configurations import Configuration
 from memrewrite.bench.run.meters import Stopwatch
-from memrewrite.bench.run.subject import Request, Subject
-from memrewrite.bench.run.text import batches, stdlib_ids
+from memrewrite.bench.run.subject import Request, Subject, start_over
+from memrewrite.bench.tasks import task
+from memrewrite.bench.tasks.docstrings import IGNORED
+from memrewrite.bench.tasks.task import Batch, Task
 
 # Share of the steps with linear warm-up, before the cosine schedule. Short runs need a long one:
 # with 0.05 the plain model ended 0.3 nats higher.
 WARM_UP = 0.2
 CLIP = 1.0
-HELD_OUT = 16  # validation batches
 
 
 def train(
     asked: Request,
+    configuration: Configuration,
     subject: Subject,
     optimizer: Callable[[], Optimizer],
     update: Callable[[], None],
@@ -36,38 +39,55 @@ def train(
     steps: int,
     data: str,
 ) -> dict[str, Any]:
-    """The results of one run; `loss` is in nats per token, None if it is not finite.
+    """The results of one run; `loss` is in nats per label, None if it is not finite.
 
     optimizer: makes the optimizer that `update` steps. stopwatch: makes a running stopwatch.
     """
     model = subject.model
-    _start_over(model, asked, seed)
+    _start_over(model, configuration, asked, seed)
     scheduler = LambdaLR(optimizer(), lambda step: _schedule(step, steps))
-    ids, held_out = stdlib_ids(Path(data), _vocabulary(model))
+    chosen = _task(asked, model, data)
     losses: list[float] = []
     seconds: list[float] = []
     watch = stopwatch()
-    for batch in islice(batches(ids, asked.batch, asked.seq or 0, seed), steps):
-        batch = batch.to(asked.device)  # (B, S)
-        loss = subject.loss(input_ids=batch, labels=batch)
+    for batch in islice(chosen.train(asked.batch, seed), steps):
+        loss = subject.loss(**_on(batch, asked.device))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         update()
         scheduler.step()
         losses.append(round(float(loss.detach()), 4))
         seconds.append(watch.read())
-    validation = _validation(model, held_out, asked)
-    return {
+    validation, accuracy = _validation(model, chosen, asked)
+    measured = {} if accuracy is None else {"accuracy": accuracy}
+    return measured | {
         "loss": validation if math.isfinite(validation) else None,
         "losses": losses,
         "step_s": median(seconds[len(seconds) // 10 :]),
     }
 
 
-def _start_over(model: nn.Module, asked: Request, seed: int) -> None:
+def first_batch(asked: Request, subject: Subject, data: str) -> Batch:
+    """The task's first batch."""
+    return _on(next(_task(asked, subject.model, data).train(asked.batch, 0)), asked.device)
+
+
+def _task(asked: Request, model: Any, data: str) -> Task:
+    vocabulary = getattr(model.config, "vocab_size", 0)
+    return task.load(_name(asked), asked.model, vocabulary, asked.seq or 0, Path(data))
+
+
+def _name(asked: Request) -> str:
+    return asked.task or task.TASKS[0]
+
+
+def _on(batch: Batch, device: str) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _start_over(model: nn.Module, configuration: Configuration, asked: Request, seed: int) -> None:
     """Write the initial weights of a seed into the compiled model, and reset its vectors."""
-    fresh, _, _ = asked.build(seed)
-    model.load_state_dict(fresh.state_dict())
+    start_over(model, configuration, asked, seed)
     try:
         if memrewrite.state_dict(model):
             memrewrite.load_state_dict(model, {})
@@ -82,17 +102,21 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.config.vocab_size)
+def _validation(model: nn.Module, chosen: Task, asked: Request) -> tuple[float, float | None]:
+    """(loss, accuracy of a classifier or None) of the plain model without dropout.
 
-
-def _validation(model: nn.Module, held_out: Any, asked: Request) -> float:
-    """Loss of the plain model without dropout: the same arithmetic for every configuration."""
-    total = 0.0
+    The same arithmetic for every configuration: nothing is compiled.
+    """
+    total, labels, right = 0.0, 0, 0
+    classifies = _name(asked) in task.CLASSIFY
     model.eval()
     with torch.no_grad():
-        for batch in islice(batches(held_out, asked.batch, asked.seq or 0, 0), HELD_OUT):
-            ids: Tensor = batch.to(asked.device)
-            total += float(model.forward(input_ids=ids, labels=ids).loss)
+        for batch in chosen.held_out(asked.batch):
+            batch = _on(batch, asked.device)
+            out = model.forward(**batch)
+            count = int((batch["labels"] != IGNORED).sum())
+            total, labels = total + float(out.loss) * count, labels + count
+            if classifies:
+                right += int((out.logits.argmax(-1) == batch["labels"]).sum())
     model.train()
-    return total / HELD_OUT
+    return total / labels, right / labels if classifies else None

@@ -3,7 +3,8 @@
 stdin    a line of JSON per request: {"do": "start", ...}
 stdout   a line of JSON per answer: facts, or {"error": {"stage", "type", "message"}}
 
-start    build the model, run the first step, compare its gradients with the reference's
+start    build the model, run the first step, compare its gradients with the reference's;
+         before training, on the task's first batch
 step     run one step: seconds
 memory   peaks of forward, backward, step and refresh; bytes saved and held
 predict  the predictions of memrewrite.estimate for them
@@ -59,14 +60,21 @@ class Worker:
         yield
         self.stage = f"after {stage}"
 
-    def start(self, reference: str | None = None, keep: str | None = None) -> dict[str, Any]:
+    def start(
+        self, reference: str | None = None, keep: str | None = None, data: str | None = None
+    ) -> dict[str, Any]:
         """Run the first step, including compile and refresh.
 
-        reference: a file of gradients to compare with; keep: one to write these to.
+        reference: a file of gradients to compare with; keep: one to write these to; data: the
+        cache of tokenised text, for a step on the task's first batch.
         """
         with self.at("building the model"):
             self.meter = meters.meter(self.asked.device)
             self.subject = prepare(self.configuration, self.asked)
+            if data:
+                from memrewrite.bench.run.training import first_batch
+
+                self.subject.kwargs = first_batch(self.asked, self.subject, data)
         watch = meters.Stopwatch(self.meter)
         with self.at("first forward (compiling)"):
             loss = self.subject.loss()
@@ -183,7 +191,8 @@ class Worker:
             return made
 
         with self.at(f"training at lr {lr}, seed {facts['seed']}"):
-            return train(self.asked, self.subject, optimizer, self.update, self.stopwatch, **facts)
+            how = (optimizer, self.update, self.stopwatch)
+            return train(self.asked, self.configuration, self.subject, *how, **facts)
 
     def stopwatch(self) -> meters.Stopwatch:
         """A running stopwatch."""

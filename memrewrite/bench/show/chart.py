@@ -46,40 +46,46 @@ def pareto(rows: Iterable[Row], title: str, path: Path) -> None:
 
 
 def losses(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Validation loss against the memory of training; bars span the seeds.
+    """Validation loss against the memory and the time of training; bars span the seeds.
 
     Raises ImportError without matplotlib.
     """
-    figure, axes = _axes()
+    figure, (memory, time) = _axes(2)
     for number, row in enumerate(rows, start=1):
         found = row["summary"]
         if "peak" not in found or "loss" not in found:
             continue
-        colour = OURS if row["ours"] else EXACT
-        x, y = found["peak"] / 1e6, found["loss"]
-        low, high = found["loss_spread"]
-        axes.errorbar(
-            x, y, [[y - low], [high - y]], fmt="o" if row["ours"] else "s", color=colour,
-            markerfacecolor=colour if row["exact"] else "white", capsize=2, elinewidth=1,
-            label=f"{number}  {row['name']}",
-        )  # fmt: skip
-        axes.annotate(str(number), (x, y), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="memory of a training step, MB", ylabel="validation loss, nats per token")
-    axes.set_title(
+        _loss(memory, found["peak"] / 1e6, number, row, f"{number}  {row['name']}")
+        _loss(time, found["step_s"], number, row, None)
+    memory.set(xlabel="memory of a training step, MB", ylabel="validation loss, nats")
+    time.set(xlabel="time of a training step, s")
+    figure.suptitle(
         f"{title}\nred: memrewrite; hollow: gradients or an optimizer that are not the exact ones",
         fontsize=10,
     )
     _save(figure, path)
 
 
-def _axes() -> tuple[Any, Any]:
+def _loss(axes: Any, x: float, number: int, row: Row, label: str | None) -> None:
+    """The mark of a row's loss at x."""
+    colour = OURS if row["ours"] else EXACT
+    y, (low, high) = row["summary"]["loss"], row["summary"]["loss_spread"]
+    axes.errorbar(
+        x, y, [[y - low], [high - y]], fmt="o" if row["ours"] else "s", color=colour,
+        markerfacecolor=colour if row["exact"] else "white", capsize=2, elinewidth=1, label=label,
+    )  # fmt: skip
+    axes.annotate(str(number), (x, y), (5, 4), textcoords="offset points", fontsize=8)
+
+
+def _axes(panels: int = 1) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'memrewrite[bench]' for the chart") from error
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.2)
+    figure = Figure(figsize=(6 + 4 * panels, 5.5), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True)
+    for one in axes if panels > 1 else [axes]:
+        one.grid(alpha=0.2)
     return figure, axes
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from memrewrite.bench.configurations import SETS
 from memrewrite.bench.document import FILE, load, title
+from memrewrite.bench.sets import SETS
 from memrewrite.bench.show import chart, pairs, pareto
 from memrewrite.bench.show.summary import problems, summarise, summarise_training
 from memrewrite.bench.show.table import LEGEND, LOSS_LEGEND, anchor, loss_table, table

@@ -91,9 +91,8 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
 def summarise_training(data: dict[str, Any]) -> None:
     """Write `row["summary"]` for all rows of a training document."""
     rows = {row["name"]: row for row in data["rows"]}
-    tokens = data["request"]["batch"] * data["request"]["seq"]
     for row in rows.values():
-        row["summary"] = _of_training(row, tokens)
+        row["summary"] = _of_training(row)
     base = _losses(rows[BASELINE]["runs"]) if BASELINE in rows else {}
     for row in rows.values():
         mine = _losses(row["runs"])
@@ -102,8 +101,9 @@ def summarise_training(data: dict[str, Any]) -> None:
             row["summary"] |= {"delta": mean(pairs), "delta_spread": [min(pairs), max(pairs)]}
 
 
-def _of_training(row: dict[str, Any], tokens: int) -> dict[str, Any]:
+def _of_training(row: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = dict(row.get("memory", {}))
+    found |= row.get("first", {}).get("gradient", {})
     losses = _losses(row["runs"])
     if not losses:
         return found
@@ -111,13 +111,16 @@ def _of_training(row: dict[str, Any], tokens: int) -> dict[str, Any]:
     best = best_rate(row["runs"])
     steps = [run["step_s"] for run in row["runs"] if run["loss"]]
     values = list(losses.values())
+    right = [run["accuracy"] for run in row["runs"] if run["lr"] == best and "accuracy" in run]
+    if right:
+        found |= {"accuracy": mean(right), "accuracy_spread": [min(right), max(right)]}
     return found | {
         "lr": best,
         "at_edge": best in (rates[0], rates[-1]),
         "loss": mean(values),
         "loss_spread": [min(values), max(values)],
         "seeds": len(values),
-        "tokens_per_s": tokens / median(steps),
+        "step_s": median(steps),
     }
 
 

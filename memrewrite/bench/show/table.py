@@ -103,12 +103,13 @@ def _mb(found: Mapping[str, Any], key: str, ratio: bool = True) -> str:
 
 
 LOSS_LEGEND = """\
-loss: validation, nats per token, mean over the seeds at the row's best learning rate, least and
-most in brackets. delta: to the baseline with the same seed. kept: of what training these weights is
-worth: all where a row is as good as the best plain AdamW, be it the baseline or the one that takes
-smaller steps on these weights (slowed), none where it is as bad as freezing them; left out where
-freezing is no worse. (edge): the best learning rate is the sweep's least or largest. memory: of a
-training step, as in the cost bench."""
+loss: validation, nats per label (of a text, per token), mean over the seeds at the row's best
+learning rate, least and most in brackets. delta: to the baseline with the same seed. kept: of what
+training these weights is worth: all where a row is as good as the best plain AdamW, be it the
+baseline or the one that takes smaller steps on these weights (slowed), none where it is as bad as
+freezing them; left out where freezing is no worse. (edge): the best learning rate is the sweep's
+least or largest. memory: of a training step, as in the cost bench. accuracy: of a classifier, as
+the loss. off: as in the cost bench, on the task's first batch."""
 
 
 def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors: str = "") -> str:
@@ -119,10 +120,18 @@ def loss_table(rows: Iterable[Mapping[str, Any]], style: str = "simple", anchors
         for row in known
         if row["configuration"]["frozen"] and "delta" in row.get("summary", {})
     }
-    header = ("configuration", "loss", "delta", "kept", "lr", "memory MB", "tokens/s", "seeds")
+    header = (
+        *("configuration", "loss", "delta", "kept", "accuracy", "lr", "memory MB"),
+        *("step s", "seeds", "off"),
+    )
+    cells = [_loss_cells(row, worth, anchors) for row in known]
+    measured = ("accuracy", "off")
+    keep = [
+        i for i, name in enumerate(header) if name not in measured or any(line[i] for line in cells)
+    ]
     return tabulate(
-        [_loss_cells(row, worth, anchors) for row in known],
-        header,
+        [[line[i] for i in keep] for line in cells],
+        [header[i] for i in keep],
         style,
         disable_numparse=True,
         stralign="right",
@@ -145,7 +154,7 @@ def _loss_cells(
     name = f'<a id="{anchor(anchors, row["name"])}"></a>{row["name"]}' if anchors else row["name"]
     if "loss" not in found:
         wrong = problems(dict(row)) or [f"{row['name']}: diverged"]
-        return [name, wrong[0].removeprefix(f"{row['name']}: ").partition(":")[0], *[""] * 6]
+        return [name, wrong[0].removeprefix(f"{row['name']}: ").partition(":")[0], *[""] * 8]
     low, high = found["loss_spread"]
     delta = kept = ""
     if "delta" in found:
@@ -160,8 +169,17 @@ def _loss_cells(
         f"{found['loss']:.3f} [{low:.3f}, {high:.3f}]",
         delta,
         kept,
+        _accuracy(found),
         f"{found['lr']:g}{' (edge)' if found['at_edge'] else ''}",
         _mb(found, "peak", ratio=False),
-        f"{found['tokens_per_s']:.0f}",
+        f"{found['step_s']:.3f}",
         f"{found['seeds']}",
+        _number(found, "relative_error", ".1e"),
     ]
+
+
+def _accuracy(found: Mapping[str, Any]) -> str:
+    if "accuracy" not in found:
+        return ""
+    low, high = found["accuracy_spread"]
+    return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"

@@ -83,6 +83,7 @@ def test_what_a_row_says(measured: Any) -> None:
     assert base["gradients"] * 2 == pytest.approx(base["state"], rel=0.01)
     assert abs(base["predicted_peak"] / base["peak"] - 1) < 0.1
     assert "planted:twice" in text and "written:" in text
+    assert "this will take about" in text and "12 compilations" in text  # of 6 rows
     assert (output / "pareto.svg").exists() and "| planted:heavy" in (
         output / "table.md"
     ).read_text()
@@ -155,4 +156,6 @@ def test_training(tmp_path: Path, text: Path) -> None:
     assert base["runs"][0]["losses"][-1] != ours["runs"][0]["losses"][-1]
     assert base["summary"]["delta"] == 0 and base["summary"]["seeds"] == 2
     assert ours["memory"]["gradients"] < base["memory"]["gradients"]
+    assert 1e-3 < ours["summary"]["relative_error"] < 1  # on the text, not on random tokens
+    assert "4 compilations" in done.stdout and "48 steps" in done.stdout
     assert "kept" in done.stdout and (tmp_path / "out" / "losses.svg").exists()

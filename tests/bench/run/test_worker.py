@@ -15,8 +15,9 @@ from memrewrite.bench.configurations import parse
 from memrewrite.bench.run import training
 from memrewrite.bench.run.cost import Cost, Settings
 from memrewrite.bench.run.process import Failed
-from memrewrite.bench.run.subject import Request, Subject
+from memrewrite.bench.run.subject import Request, Subject, prepare
 from memrewrite.bench.run.worker import compare, draws
+from memrewrite.bench.tasks.task import Windows
 from memrewrite.predict.models import from_config
 
 
@@ -42,7 +43,7 @@ def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPat
     before = memrewrite.state_dict(model)
     with torch.no_grad():
         model[0].weight.zero_()
-    training._start_over(model, Asked(), 0)  # type: ignore[arg-type]
+    training._start_over(model, parse("velora-all-8"), Asked(), 0)  # type: ignore[arg-type]
     assert torch.equal(model[0].weight, Asked.build(0)[0][0].weight)
     x = torch.randn(4, 32) + 1
     model(x).sum().backward()
@@ -55,9 +56,26 @@ def test_starting_over_forgets_weights_and_vectors(monkeypatch: pytest.MonkeyPat
 def test_validation_draws_no_dropout() -> None:
     asked = Request("gpt2-small", batch=2, seq=16, vocab=300, layers=1, dropout=True)
     model, _, _ = asked.build()
-    held_out = np.arange(100, dtype=np.uint16)
-    one, other = (training._validation(model.train(), held_out, asked) for _ in range(2))
+    ids = np.arange(100, dtype=np.uint16)
+    chosen = Windows(ids, ids, sequence=16)
+    one, other = (training._validation(model.train(), chosen, asked) for _ in range(2))
     assert one == other and model.training
+
+
+def test_adapters_are_trained_from_the_weights_of_the_seed() -> None:
+    """B is random where gradients are compared, and zero where training starts."""
+    asked, configuration = Request("llama-tiny", batch=1, seq=8, vocab=300), parse("lora-4+eager")
+    model = prepare(configuration, asked).model
+    ups = [p for name, p in model.named_parameters() if "lora_B" in name]
+    downs = [p for name, p in model.named_parameters() if "lora_A" in name]
+    assert len(ups) == 2 * 4 and all(p.any() for p in ups) and {len(p) for p in downs} == {4}
+    training._start_over(model, configuration, asked, 1)
+    assert not any(p.any() for p in ups)
+    first = downs[0].clone()
+    training._start_over(model, configuration, asked, 1)
+    assert torch.equal(downs[0], first)
+    training._start_over(model, configuration, asked, 2)
+    assert not torch.equal(downs[0], first)
 
 
 def test_gradients_are_compared_as_one_vector(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
     rows = [base, ours, frozen]
     summarise_training({"rows": rows, "request": {"batch": 2, "seq": 8}})
     found = ours["summary"]
-    assert (found["lr"], found["seeds"], found["tokens_per_s"]) == (2e-3, 2, 32)
+    assert (found["lr"], found["seeds"], found["step_s"]) == (2e-3, 2, 0.5)
     assert found["loss"] == pytest.approx(4.7) and found["delta"] == pytest.approx(0.2)
     assert found["delta_spread"] == pytest.approx([0.1, 0.3])
     line = loss_table(rows).splitlines()[3]
@@ -118,6 +118,17 @@ def test_losses_are_compared_seed_by_seed_at_each_rows_best_rate() -> None:
     rows.append(trained("slowed-all-0.25", {(1e-3, 0): 3.9, (2e-3, 0): 4.2, (1e-3, 1): 4.9}))
     summarise_training({"rows": rows, "request": {"batch": 2, "seq": 8}})
     assert "40%" in loss_table(rows).splitlines()[3]  # of 0.5: smaller steps were better by 0.1
+    assert "accuracy" not in loss_table(rows) and " off" not in loss_table(rows).splitlines()[0]
+
+
+def test_a_classifiers_accuracy_and_first_error_have_columns() -> None:
+    row = trained("fp8", {(1e-3, 0): 0.7, (2e-3, 0): 0.5, (2e-3, 1): 0.6})
+    for run, right in zip(row["runs"], (0.7, 0.8, 0.9), strict=True):
+        run["accuracy"] = right
+    row["first"] = {"gradient": {"cosine": 0.9, "relative_error": 0.43}}
+    summarise_training({"rows": [row], "request": {"batch": 2, "seq": None}})
+    header, _, line = loss_table([row]).splitlines()
+    assert "accuracy" in header and "0.850 [0.800, 0.900]" in line and line.endswith("4.3e-01")
 
 
 def test_pairs_are_compared_run_by_run() -> None:

@@ -1,7 +1,7 @@
 """Text that every machine has: the source of Python's standard library, as token ids.
 
-The files are split into train and validation, a byte-level BPE tokenizer is trained on the
-training files, and the ids are cached as .npy files.
+The files are split into train and validation. The tokenizer is that of a pretrained model, or a
+byte-level BPE that is trained on the training files. The ids are cached as .npy files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from memrewrite.predict import pretrained
+
 Ids = NDArray[np.uint16]
 END = "<|endoftext|>"
 VOCABULARIES = range(257, 65_537)  # from 256 bytes and END, to the range of uint16
@@ -32,12 +34,16 @@ VALIDATION_SHARE = 0.05
 TOKENIZER_CHARACTERS = 3_000_000  # more take longer, and hardly change the merges
 
 
-def stdlib_ids(output: Path, vocabulary: int) -> tuple[Ids, Ids]:
-    """Train and validation ids, uint16 (tokens,) each, cached under `output`."""
+def stdlib_ids(output: Path, vocabulary: int, model: str | None = None) -> tuple[Ids, Ids]:
+    """Train and validation ids, uint16 (tokens,) each, cached under `output`.
+
+    model: a pretrained one, whose tokenizer has that vocabulary; None: a tokenizer is trained.
+    """
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    folder = output / f"stdlib-{python}-vocab{vocabulary}"
+    digest = f"-{pretrained.source(model).digest()[:16]}" if model else ""
+    folder = output / f"stdlib-{python}-vocab{vocabulary}{digest}"
     if not folder.is_dir():
-        _tokenise(folder, vocabulary)
+        _tokenise(folder, vocabulary, model)
     return np.load(folder / "train.npy"), np.load(folder / "validation.npy")
 
 
@@ -50,9 +56,9 @@ def batches(ids: Ids, batch: int, sequence: int, seed: int) -> Iterator[torch.Te
         yield torch.from_numpy(rows.astype(np.int64))
 
 
-def _tokenise(folder: Path, vocabulary: int) -> None:
-    train, validation = _split(list(_sources()))
-    tokenizer = _trained_tokenizer(train, vocabulary)
+def _tokenise(folder: Path, vocabulary: int, model: str | None) -> None:
+    train, validation = _split([text for _, text in sources()])
+    tokenizer = _backend(model) if model else _trained_tokenizer(train, vocabulary)
     # Renamed only when complete, so that an interrupted run leaves no partial cache.
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
@@ -65,13 +71,13 @@ def _tokenise(folder: Path, vocabulary: int) -> None:
         shutil.rmtree(partial)
 
 
-def _sources() -> Iterator[str]:
-    """The text of each module, in the order of paths, excluding files that are not UTF-8."""
+def sources() -> Iterator[tuple[Path, str]]:
+    """(path below the library, text) of each module, in order, excluding what is not UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if EXCLUDED.isdisjoint(path.relative_to(root).parts):
             try:
-                yield path.read_text(encoding="utf-8")
+                yield path.relative_to(root), path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 continue
 
@@ -80,6 +86,13 @@ def _split(files: list[str]) -> tuple[list[str], list[str]]:
     random.Random(SPLIT_SEED).shuffle(files)
     held_out = max(1, round(len(files) * VALIDATION_SHARE))
     return files[held_out:], files[:held_out]
+
+
+def _backend(model: str) -> Tokenizer:
+    tokenizer: Tokenizer = pretrained.tokenizer(model).backend_tokenizer
+    if tokenizer.get_vocab_size() > VOCABULARIES[-1]:
+        raise ValueError(f"{model} has {tokenizer.get_vocab_size():,} tokens; at most 65,536 fit")
+    return tokenizer
 
 
 def _trained_tokenizer(files: list[str], vocabulary: int) -> Tokenizer:
