@@ -104,6 +104,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
             optimizer.register_load_state_dict_post_hook(_go_on),
         ]
     _complain_of_unserved()
+    for session in live_sessions():
+        session.seek_loss()
     if not membership.steps_as_known(optimizer):
         warn_of_scale(optimizer, attachment)
         warn = partial(warn_of_dense, optimizer, attachment)

@@ -47,6 +47,7 @@ class Session:
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
     whole: frozenset[str] = frozenset()  # weights that GaLore projects, which must not be sharded
     unserved_steps: int = 0  # optimizer steps so far that had no parameter of this session
+    loss_sought: bool = False  # whether `seek_loss` has run
 
     named: list[weakref.ref[nn.Module]] = field(default_factory=list)  # see loss.default
 
@@ -154,6 +155,20 @@ class Session:
         """The basis of a parameter's next gradient, if it is small and already known."""
         found = (binding.basis_of(parameter) for binding in self.bindings())
         return next((basis for basis in found if basis is not None), None)
+
+    def seek_loss(self) -> None:
+        """Before an optimizer's step: warn where chunks are asked for and no graph has a loss."""
+        graphs = [graph for graph in self.graphs if graph.training]
+        if self.loss_sought or not self.setting.loss_chunks or not graphs:
+            return
+        self.loss_sought = True
+        tried = [variant.chunked for graph in graphs for variant in graph.variants.values()]
+        if not any(chunked is not None and chunked.told for chunked in tried):
+            warn(
+                f"loss_chunks={self.setting.loss_chunks}: the forward of "
+                f"{type(self.model()).__name__} computes no cross entropy, so its logits stay "
+                "whole: compute the loss in it (pass labels), or leave loss_chunks out"
+            )
 
     def bindings(self) -> Iterator[Binding]:
         """Every compiled variant, bound to the weights that it is called with."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -43,6 +45,23 @@ def test_a_hook_computes_nothing_and_sees_the_gradient_whichever_way_it_comes() 
     z.register_hook(seen.append)
     torch.autograd.backward([z], [torch.ones(z.shape)])  # not through the values
     assert len(seen) == 1 and bool((seen[0] == 1).all())
+
+
+def test_a_number_of_chunks_for_a_loss_outside_of_the_model_warns_once() -> None:
+    model, whole = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+    memrewrite.compile(model, backend="aot_eager", loss_chunks=4)
+    memrewrite.compile(whole, backend="aot_eager")  # "auto" asks for nothing
+    for net, expected in ((whole, 0), (model, 1)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                loss = F.cross_entropy(net(torch.randn(4, 8)), torch.randint(16, (4,)))
+                loss.backward()
+                optimizer.step()
+        words = [str(w.message) for w in told if w.category is memrewrite.MemrewriteWarning]
+        assert len(words) == expected
+        assert all("Linear computes no cross entropy" in word for word in words)
 
 
 def test_compiled_functions_of_the_logits() -> None:
