@@ -1,6 +1,6 @@
 """Pretrain a small ViT without labels: which way up is a digit?
 
-    python examples/pretrain_digits.py            # two minutes; writes out/digits-vit
+    python examples/pretrain_digits.py            # a few minutes; writes out/digits-vit
     memrewrite bench train --pretrained out/digits-vit --task digits
 
 Every image of scikit-learn's digits is turned by a random number of quarters, and the model tells
@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from memrewrite.bench.tasks.digits import read, rotated
 
-# Images of 8 x 8 in patches of 2 x 2: 17 tokens. As wide as one VeLoRA sub-token size of 32 allows.
+# Images of 8 x 8 in patches of 2 x 2: 17 tokens. Every width holds sub-tokens of 8, 16 and 32.
 SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 HELD_OUT = 200  # images, for the accuracy of the pretext task

@@ -64,10 +64,11 @@ def instructions(tokenizer: Any, sequence: int) -> tuple[dict[str, Tensor], int]
     end, where a causal model needs no mask.
     """
     ids, labels = [], []
-    end = tokenizer.eos_token_id
+    end, bare = tokenizer.eos_token_id, {"add_special_tokens": False}
     for entry in entries():
-        prompt = tokenizer(f"Write the docstring.\n\n{entry.signature}\n\n").input_ids
-        answer = [*tokenizer(entry.docstring).input_ids, end]
+        asked = f"Write the docstring.\n\n{entry.signature}\n\n"
+        prompt = tokenizer(asked, **bare).input_ids
+        answer = [*tokenizer(entry.docstring, **bare).input_ids, end]
         if len(prompt) > sequence // 2:
             continue
         row = [*prompt, *answer][:sequence]
