@@ -41,7 +41,7 @@ from torch.fx import Graph, GraphModule, Node
 from memrewrite.calibration.replay import copy_module
 from memrewrite.compiler.annotate import annotate
 from memrewrite.compiler.order import passes_for
-from memrewrite.compiler.partition import Compile, Split, divide, rewrite
+from memrewrite.compiler.partition import Compile, Split, divide, places_of, rewrite
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.gradients.port import attach_ports
 from memrewrite.methods.request import Request, extra_inputs, source_hash
@@ -55,7 +55,9 @@ EYES = {torch.ops.aten.eye.default, torch.ops.aten.eye.m}
 GUARDS_TRAINED = torch.__version__ >= "2.12"  # compares as versions do
 # Next to none: under 0 itself torch saves no result, so that backward draws another dropout mask.
 LEAST_BUDGET = 1e-9
+FP8_PASS = "activation_quantization_aten_pass"  # in `post_grad_fusion_options`
 
+Extra = Sequence[tuple[str, Tensor]]
 _current: ContextVar[Compile | None] = ContextVar("memrewrite_compile", default=None)
 
 
@@ -131,6 +133,8 @@ def _split_joint(
         with functorch_config.patch(patches):  # for one partition, never globally
             return default(joint, outputs)
 
+    if FP8_PASS in inductor_config.post_grad_fusion_options:  # weights are not to be rounded
+        kwargs["static_lifetime_input_indices"] = places_of(gm.graph, request.free)
     patches: dict[str, bool | float]
     state, patches = _current.get() or Compile(), {"aggressive_recomputation": True}
     if (budget := functorch_config.activation_memory_budget) != 1.0:
@@ -161,6 +165,10 @@ class Engine:
         """Whether compiled code may branch when it runs; a CUDA graph cannot."""
         return not self.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
 
+    def option(self, name: str) -> Any:
+        """One of Inductor's: as given to `compile`, else as torch has it."""
+        return self.config.get(name, getattr(inductor_config, name))
+
     def compile(
         self, gm: GraphModule, inputs: Sequence[Any], request: Request
     ) -> Callable[..., Any]:
@@ -169,12 +177,11 @@ class Engine:
         # imported late: it loads the code generators
         from torch._inductor.compile_fx import compile_fx
 
-        theirs = self.config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-        inner = self.config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+        theirs = _listed(self.option("joint_custom_pre_pass"))
         patches = {
             **self.config,
-            "joint_custom_pre_pass": JointPasses(request, _listed(theirs)),
-            "custom_partitioner_fn": ExactFirst(request, inner),
+            "joint_custom_pre_pass": JointPasses(request, theirs),
+            "custom_partitioner_fn": ExactFirst(request, self.option("custom_partitioner_fn")),
         }
         return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
@@ -223,10 +230,7 @@ def _op_by_op(gm: GraphModule, inputs: Sequence[Any]) -> Any:
 
 
 def capture(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    request: Request,
-    engine: Engine,
+    gm: GraphModule, inputs: Sequence[Any], request: Request, engine: Engine
 ) -> tuple[Callable[..., Any], GraphRecord]:
     """Compile a copy of Dynamo's graph that takes the request's extra inputs after its own."""
     extra = extra_inputs(request)
@@ -272,11 +276,7 @@ def _append(gm: GraphModule, name: str, value: Tensor) -> Tensor:
 
 
 def _key(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    request: Request,
-    extra: Sequence[tuple[str, Tensor]],
-    engine: Engine,
+    gm: GraphModule, inputs: Sequence[Any], request: Request, extra: Extra, engine: Engine
 ) -> str:
     """A digest of everything that decides a record, to find it again on a cache hit."""
     described = [

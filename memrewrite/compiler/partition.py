@@ -143,6 +143,12 @@ def divide(
     return forward, backward
 
 
+def places_of(graph: Graph, arguments: Collection[int]) -> list[int]:
+    """The positions of these arguments among the inputs of a joint graph, tangents excluded."""
+    primals = [n for n in graph.find_nodes(op="placeholder") if not n.meta.get("tangent")]
+    return [i for i, node in enumerate(primals) if node.meta.get("argument") in arguments]
+
+
 def _release(*split: GraphModule) -> None:
     """Remove the `hold` nodes, which are needed only before the partition."""
     for gm in split:

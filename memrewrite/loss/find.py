@@ -46,13 +46,14 @@ class Head:
     compute: torch.dtype  # of the linear
     made: list[Node]  # from the linear, included, to the node that the graph returns; or none
     norms: list[Node]  # logsumexp of the logits that the loss reads
+    rounded: bool = False  # whether what the forward saves is rounded: dW would be
 
     @property
     def by_rows(self) -> bool:
-        """Whether each row has a gradient of its own; see `passes.chunked_rows`."""
+        """Whether backward computes the logits again; see `passes.chunked_rows`."""
         options = options_of(self.loss)
         each = options["reduction"] == "none" or options["weight"] is not None
-        return each or bool(self.norms)
+        return each or bool(self.norms) or self.rounded
 
     @property
     def logits(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from memrewrite.compiler.absence import with_undefined_tangents
-from memrewrite.compiler.backend import GUARDS_TRAINED, Engine, capture
+from memrewrite.compiler.backend import FP8_PASS, GUARDS_TRAINED, Engine, capture
 from memrewrite.compiler.sizes import hint
 from memrewrite.errors import warn
 from memrewrite.gradients.basis import Basis
@@ -273,6 +273,7 @@ class Graph:
             if chunks:  # a number is a request
                 warn(f"loss_chunks: {told}")
             return Chunked(self.gm, told=told)
+        head.rounded = _rounds(self.setting.engine)
         trained = any(args[i].requires_grad for i in head.weights)
         found = chunk_loss(self.gm, head, chunks, trained)
         found.told = _sizes(head, chunks)
@@ -295,6 +296,12 @@ def _too_small(head: Head) -> str | None:
     if rows >= 2 * rows_by_bytes(row):
         return None
     return f"the logits take {rows * row / 1e6:.1f} MB, less than two chunks"
+
+
+def _rounds(engine: Engine) -> bool:
+    """Whether torch's fp8 pass rounds what the forward saves: gradients must not be among it."""
+    wanted = engine.option("post_grad_fusion_options")
+    return engine.backend == "inductor" and FP8_PASS in wanted
 
 
 def _may_be_freed(head: Head) -> str | None:

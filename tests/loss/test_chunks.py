@@ -494,3 +494,19 @@ def test_under_inductor(dtype: torch.dtype) -> None:
         assert errors[0] < 1e-5
     else:
         assert errors[0] <= 1.1 * errors[1] < 0.05 and sizes[1] >= 1
+
+
+def test_torchs_fp8_pass_rounds_no_gradient() -> None:
+    """Of a mean's loss the forward would save dW, and the pass rounds what it saves."""
+    torch.manual_seed(0)
+    model = Model(shifted).float()
+    exact, tokens = copy.deepcopy(model), torch.randint(0, V, (1, 4))
+    least = model.head.weight.numel() * 4 / 2**20 / 2  # MiB: dW is larger, all else is smaller
+    how = {"size_in_mb": least, "allowed_dtypes": "torch.float32", "use_scaling": True}
+    options = {"post_grad_fusion_options": {"activation_quantization_aten_pass": how}}
+    memrewrite.compile(model, loss_chunks=2, options=options)
+    for net in (model, exact):
+        net(tokens, tokens)[0].backward()
+    assert "computed again in backward" in str(memrewrite.report(model))
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)

@@ -64,6 +64,28 @@ def test_a_number_of_chunks_for_a_loss_outside_of_the_model_warns_once() -> None
         assert all("Linear computes no cross entropy" in word for word in words)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own jvp
+def test_transforms_of_torch_func_are_those_of_whole_logits_and_one_warning_says_so() -> None:
+    model, compiled, tokens = pair(shifted)
+
+    def of(net: Any) -> list[Any]:
+        weights = {name: p.detach() for name, p in net.named_parameters()}
+
+        def value(w: dict[str, Tensor], t: Tensor) -> Tensor:
+            loss, z = torch.func.functional_call(net, w, (t, t))
+            return loss + z.square().mean()
+
+        both = torch.stack([tokens, tokens.flip(0)])
+        ones = {name: torch.ones_like(w) for name, w in weights.items()}
+        _, along = torch.func.jvp(lambda w: value(w, tokens), (weights,), (ones,))
+        found = torch.func.grad(value)(weights, tokens)
+        return [*found.values(), along, torch.func.vmap(lambda t: value(weights, t))(both)]
+
+    with pytest.warns(memrewrite.MemrewriteWarning, match=r"transform of torch\.func"):
+        got = of(compiled)
+    torch.testing.assert_close(got, of(model))
+
+
 def test_compiled_functions_of_the_logits() -> None:
     model, compiled, tokens = pair(shifted)
     for function in (lambda z: z.softmax(-1).max(-1).values.sum(), lambda z: (z**2).sum()):
