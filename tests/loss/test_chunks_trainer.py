@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,11 @@ def trained(net: nn.Module, folder: Path, kind: type[hf.Trainer], **how: Any) ->
 def test_trainer(kind: type[hf.Trainer], smoothing: float, tmp_path: Path) -> None:
     """With label smoothing Trainer computes the loss itself, from whole logits."""
     net = memrewrite.compile(model(), loss_chunks=3, backend="aot_eager")
-    mine = trained(net, tmp_path, kind, label_smoothing_factor=smoothing)
+    with warnings.catch_warnings(record=True) as told_of:
+        warnings.simplefilter("always", memrewrite.MemrewriteWarning)
+        mine = trained(net, tmp_path, kind, label_smoothing_factor=smoothing)
+    words = [str(w.message) for w in told_of if w.category is memrewrite.MemrewriteWarning]
+    assert len(words) == bool(smoothing) and all("no cross entropy" in word for word in words)
     plain = trained(model(), tmp_path, kind, label_smoothing_factor=smoothing)
     assert len(mine) > 10
     torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
