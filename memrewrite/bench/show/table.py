@@ -162,7 +162,8 @@ def _loss_cells(
         delta = f"{found['delta']:+.3f} [{least:+.3f}, {most:+.3f}]"
         configuration = row["configuration"]
         plain, frozen = worth.get(configuration["sites"], (0.0, 0.0))
-        if frozen > plain and configuration["velora"] and not configuration["galore"]:
+        alone = not (configuration["galore"] or configuration["lora"])  # of these weights
+        if frozen > plain and configuration["velora"] and alone:
             kept = f"{(frozen - found['delta']) / (frozen - plain):.0%}"
     return [
         name,
