@@ -13,7 +13,10 @@ so that a chunk of rows yields its loss, its rows of dh, and its terms of dw and
 reuses its memory. c is 1, or for a mean the number of labels that are not ignored. Backward
 multiplies the gradients by that of the loss, usually 1: no more matmuls than before, and no other
 rounding. f is a chain of scales and tanh (logit scale, soft cap). A method that compresses the
-input of the head (`passes.joint.velora`) lets dw read x in place of h; nothing else reads x.
+input of the head (`passes.joint.velora`) lets dw read x in place of h; nothing else reads x. A
+projection of the gradient (`passes.joint.push`) lets it be dw P = f'(dz)^T (h P) in that way, or
+
+    P^T dw = (f'(dz) P)^T h
 
 Autocast computes the linear in a lower precision than that of h, w and bias. These are rounded to
 it as there, w and bias once for all chunks; f'(dz) is, for the two matmuls. What autocast rounds
@@ -67,14 +70,15 @@ def workspace_of(node: Node) -> Any:
     """Bytes that are alive within the operation in addition to its results."""
     values: list[Any] = [n.meta["val"] if isinstance(n, Node) else n for n in node.args]
     h, w, upcast, chunks = (values[i] for i in (0, 1, 5, 9))
-    x, compute = ([*values, None, None])[X : X + 2]
+    x, compute, p = ([*values, None, None, None])[X : X + 3]
     compute = compute or h.dtype
     wide = torch.promote_types(compute, torch.float32)
     itemsize = (wide if upcast or compute == torch.float16 else compute).itemsize
     by_bytes = rows_by_bytes(w.shape[0] * itemsize)
     rows = -(-h.shape[0] // chunks) if chunks else by_bytes  # (a minimum would guard N)
+    height = w.shape[0] if p is None else p.shape[1]
     width = (h if x is None else x).shape[1]
-    sums = w.shape[0] * width * (wide.itemsize - _kept(w, compute).itemsize)
+    sums = height * width * (wide.itemsize - _kept(w, compute).itemsize)
     low = w.numel() * compute.itemsize if w.dtype != compute else 0
     low += w.numel() * wide.itemsize if compute == torch.float16 else 0
     other = rows * w.shape[0] * compute.itemsize if compute.itemsize != itemsize else 0
@@ -101,19 +105,22 @@ def chunked_loss(
     trained: bool,
     x: Tensor | None = None,  # (N, G)
     compute: torch.dtype | None = None,
+    p: Tensor | None = None,  # (V, R)
 ) -> Results:
     """The loss, and its gradients of h, w and bias.
 
     `steps` are f: a number scales by it, 0.0 is tanh. `upcast`: the loss is computed in float32.
     `compute` is the dtype of the linear, by default that of h. Sums over chunks are float32 at
-    least. Without `trained`, the gradients of w and bias are empty. With `x`, dw is f'(dz)^T x.
+    least. Without `trained`, the gradients of w and bias are empty. With `x`, dw is f'(dz)^T x,
+    and with `p`, p^T f'(dz)^T x.
     """
     x, compute, biased = h if x is None else x, compute or h.dtype, _moves(bias, trained)
     wide, half = torch.promote_types(compute, torch.float32), compute == torch.float16
     inner = wide if upcast or half else compute
     zeros = partial(torch.zeros, dtype=wide, device=h.device)
     dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
-    dw = zeros((w.shape[0], x.shape[1]) if trained else (0,))
+    height = w.shape[0] if p is None else p.shape[1]
+    dw = zeros((height, x.shape[1]) if trained else (0,))
     db, total = zeros(w.shape[0] if biased else 0), zeros(())
     count = (labels != ignore_index).sum().to(wide) if mean else torch.ones_like(total)
     divisor = torch.full_like(count, 1 / _room(steps)) if half else count
@@ -128,7 +135,7 @@ def chunked_loss(
             z = multiply_slopes(z, steps, slopes).to(compute)
             product(mine, z, low)
             if trained:
-                add_product(dw, z.t(), read.to(compute))
+                add_product(dw, _across(z, p, wide), read.to(compute))
             if biased:
                 db += z.sum(0, dtype=wide)
             del z, slopes  # before the next chunk is allocated
@@ -149,6 +156,15 @@ def _room(steps: Sequence[float]) -> float:
     """r; see the module's docstring."""
     largest = math.prod(abs(step) for step in steps if step)
     return 2.0 ** (15 - math.ceil(math.log2(largest)))
+
+
+def _across(dz: Tensor, p: Tensor | None, wide: torch.dtype) -> Tensor:
+    """dz^T (V, rows), or (dz p)^T (R, rows), which of float16 may be too large for float16."""
+    if p is None:
+        return dz.t()
+    small = torch.empty(dz.shape[0], p.shape[1], dtype=wide, device=dz.device)
+    product(small, dz, p.to(dz.dtype))
+    return small.t()
 
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -227,12 +243,14 @@ def _shapes(
     trained: bool,
     x: Tensor | None = None,
     compute: torch.dtype | None = None,
+    p: Tensor | None = None,
 ) -> Results:
     compute = compute or h.dtype
     wide = torch.promote_types(compute, torch.float32)
+    height = w.shape[0] if p is None else p.shape[1]
     width = w.shape[1] if x is None else x.shape[1]
     dh = torch.empty(h.shape, dtype=_kept(h, compute), device=h.device)
-    dw = w.new_empty((w.shape[0], width) if trained else (0,), dtype=_kept(w, compute))
+    dw = w.new_empty((height, width) if trained else (0,), dtype=_kept(w, compute))
     biased = w if bias is None else bias
     db = biased.new_empty(w.shape[0] if _moves(bias, trained) else 0, dtype=_kept(biased, compute))
     return h.new_empty((), dtype=wide if upcast else compute), dh, dw, db
@@ -249,7 +267,7 @@ def _scaled(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
     dh, dw, db = (
         _times(d, g).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 10
+    return dh, dw if ctx.trained else None, db if ctx.biased else None, *[None] * 11
 
 
 def _times(d: Tensor, g: Tensor) -> Tensor:
@@ -262,7 +280,7 @@ _library = _Library("memrewrite", "FRAGMENT")
 _library.define(
     "chunked_loss(Tensor h, Tensor w, Tensor? bias, Tensor labels, float[] steps, bool upcast, "
     "int ignore_index, float label_smoothing, bool mean, int chunks, bool trained, "
-    "Tensor? x=None, ScalarType? compute=None) "
+    "Tensor? x=None, ScalarType? compute=None, Tensor? p=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("chunked_loss", chunked_loss, "CompositeExplicitAutograd")
@@ -271,7 +289,7 @@ torch.library.register_autograd(
     "memrewrite::chunked_loss", _scaled, setup_context=_keep, lib=_library
 )
 op = torch.ops.memrewrite.chunked_loss.default
-DW, X = 2, 11  # positions of dw among the results, and of x among the arguments
+DW, X, P = 2, 11, 13  # positions of dw among the results, and of x and p among the arguments
 
 
 def x_of(node: Node) -> Any:
@@ -279,6 +297,14 @@ def x_of(node: Node) -> Any:
     return node.args[X] if len(node.args) > X else None
 
 
-def arguments_with(node: Node, x: Any) -> list[Any]:
-    """The arguments of a call with another x."""
-    return [*node.args[:X], x, *node.args[X + 1 :]]
+def projected(node: Node) -> bool:
+    """Whether dw is p^T f'(dz)^T x."""
+    return len(node.args) > P and node.args[P] is not None
+
+
+def arguments_with(node: Node, **others: Any) -> list[Any]:
+    """The arguments of a call with another `x` or `p`."""
+    found = [*node.args, *[None] * (P + 1 - len(node.args))]
+    for name, value in others.items():
+        found[{"x": X, "p": P}[name]] = value
+    return found

@@ -93,7 +93,7 @@ def _check(graph: Graph, old: set[str], outputs: list[tuple[Any, Any] | None], o
 def _computed(graph: Graph) -> list[Any]:
     """Per output, a hash of the operations that compute it; clone and attach count as none.
 
-    Of the results of a chunked loss, dw alone depends on x.
+    Of the results of a chunked loss, dw alone depends on x and p.
     """
     known: dict[Node, int] = {}
     for node in graph.nodes:
@@ -102,10 +102,8 @@ def _computed(graph: Graph) -> list[Any]:
         elif node.target in (aten.clone.default, port_attach):
             known[node] = known[operand(node, 0)]
         elif node.target is operator.getitem and operand(node, 0).target is chunked_loss.op:
-            read: Any = list(operand(node, 0).args)
-            if not is_chunked(node) and len(read) > chunked_loss.X:
-                read[chunked_loss.X] = None
-            read += [None] * (chunked_loss.X + 2 - len(read))
+            alone = {} if is_chunked(node) else {"x": None, "p": None}
+            read: Any = chunked_loss.arguments_with(operand(node, 0), **alone)
             known[node] = hash((node.args[1], str(map_arg(read, lambda n: known[n]))))
         else:
             read = map_arg((node.args, node.kwargs), lambda n: known[n])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memrewrite.methods.method import Method
-from memrewrite.record.decision import InputRecord
+from memrewrite.record.decision import IN_CHUNKS, InputRecord
 from memrewrite.session.graph import Binding
 from memrewrite.session.session import Session
 from memrewrite.sites.select import why_exact
@@ -62,7 +62,8 @@ def reason_of(session: Session, weight: Weight, method: Method | None, mine: lis
 def _one_reason(session: Session, reading: Reading) -> str:
     entry, names = reading.entry, reading.graph.names
     if entry is None:
-        return f"pattern not recognised: {reading.reason}"
+        known = reading.reason == IN_CHUNKS
+        return reading.reason if known else f"pattern not recognised: {reading.reason}"
     if reading.graph.variant.record.failure:
         return f"the rewrite failed and was undone ({reading.graph.variant.record.failure})"
     method = next(
@@ -95,7 +96,7 @@ def _of_compressed(session: Session, entry: InputRecord, method: Method, by: str
     if entry.outcome == "recomputed":
         return f"x recomputed in backward, so nothing is saved{gain}"
     if entry.outcome == "chunked":
-        return f"its gradient is computed with the loss, in chunks{gain}"
+        return f"{IN_CHUNKS}{gain}"
     if method.name in entry.small_bytes:
         return f"{method.kept} saved in place of x"
     return f"{_small(session, entry)} of the weights that share it saved in place of x"
@@ -107,6 +108,8 @@ def _of_exact(session: Session, entry: InputRecord) -> str:
         return "x kept"
     if entry.outcome == "recomputed":
         return "x recomputed exactly in backward"
+    if entry.outcome == "chunked":
+        return IN_CHUNKS
     shared = " for the weights that share it" if entry.compressed else ""
     return f"x replaced by {_small(session, entry)}{shared}"
 

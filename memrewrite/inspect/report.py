@@ -247,8 +247,10 @@ def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
             f"{totals['absent_bytes']:,} bytes of zeros"
         )
     variants = dict.fromkeys(graph.variant for graph in graphs)
+    chunked = [v.chunked for v in variants if v.chunked and v.chunked.told]
+    told = (f"\n{c.told}{' (in neither total)' if c.head else ''}" for c in chunked)
+    line += "".join(dict.fromkeys(told))
     for variant in variants:
-        line += f"\n{variant.chunked.told}" if variant.chunked and variant.chunked.told else ""
         line += "".join(f"\nlogits computed whole, as read by {where}" for where in variant.read)
     failures = [g.variant.record.failure for g in graphs if g.variant.record.failure]
     return line + "".join(f"\nREWRITE FAILED, exact graph kept: {f}" for f in failures)

@@ -43,6 +43,7 @@ class Projection(Method):
     kept = "x P"
     compresses = False
     moves = True
+    narrows = True
     small = True
     forms = (True, False)  # the side of the projector; the other side, for a sketch
 

@@ -72,12 +72,14 @@ class Estimate:
 
     symbols: the meaning of each free symbol; empty unless dynamic.
     dominates: a sentence on the largest shares of the rewritten program's activation peak.
+    logits: a line on the loss in chunks, or on why it is not; "" where there is no loss.
     """
 
     plain: Program
     rewritten: Program
     symbols: dict[str, str]
     dominates: str
+    logits: str = ""
 
     def evaluate(self, **sizes: int) -> Estimate:
         """The estimate in numbers, `evaluate(B=8, S=512)`. Raises ValueError for missing sizes."""
@@ -95,8 +97,10 @@ class Estimate:
         def program(of: Program) -> Program:
             return Program(**{key: number(value) for key, value in vars(of).items()})
 
-        owners = f"at the sizes that were given to estimate: {self.dominates}"
-        return Estimate(program(self.plain), program(self.rewritten), {}, owners)
+        given = "at the sizes that were given to estimate: "
+        logits = self.logits and given + self.logits
+        plain, rewritten = program(self.plain), program(self.rewritten)
+        return Estimate(plain, rewritten, {}, given + self.dominates, logits)
 
     def largest(self, symbol: str, budget: int, **sizes: int) -> tuple[int, int]:
         """The largest `symbol` whose peak fits `budget` bytes: (plain, rewritten); 0 if none.
@@ -132,6 +136,7 @@ class Estimate:
             "memrewrite": plain(self.rewritten),
             "symbols": dict(self.symbols),
             "dominates": self.dominates,
+            "logits": self.logits,
         }
 
     def __str__(self) -> str:
@@ -140,9 +145,9 @@ class Estimate:
             (k.replace("_", " "), getattr(self.plain, k), getattr(self.rewritten, k)) for k in keys
         ]
         meanings = [f"{symbol}: {meaning}" for symbol, meaning in self.symbols.items()]
-        return "\n".join(
-            [_formulas(rows) if self.symbols else _numbers(rows), "", *meanings, self.dominates]
-        )
+        shown = _formulas(rows) if self.symbols else _numbers(rows)
+        logits = [self.logits] if self.logits else []
+        return "\n".join([shown, "", *meanings, *logits, self.dominates])
 
 
 def _numbers(rows: list[tuple[str, Bytes, Bytes]]) -> str:
@@ -212,16 +217,15 @@ def estimate(
     program = _program(fake, records, "after", rewritten, symbols, gradients)
     if any(one.moves for one in small.values()):
         program = _with_sketches(program, model, args, kwargs, dynamic, rewritten)
-    whole = records
-    if any(
-        binding.variant.chunked and binding.variant.chunked.head for binding in traced.bindings()
-    ):
+    whole, chunked = records, [b.variant.chunked for b in traced.bindings() if b.variant.chunked]
+    if any(one.head for one in chunked):
         whole = _records(trace(model, args, kwargs, dynamic, chunked=False)[0])
     return Estimate(
         _program(fake, whole, "before", plain, symbols_of(whole)),
         program,
         {str(symbol): meaning for symbol, meaning in symbols.values()},
         dominates(records),
+        "\n".join(dict.fromkeys(one.told for one in chunked if one.told)),
     )
 
 
@@ -250,9 +254,8 @@ def by_depth(shallow: Mapping[int, Estimate], depth: int) -> Estimate | None:
     plain, rewritten = line("plain"), line("rewritten")
     if plain is None or rewritten is None:
         return None
-    return Estimate(
-        plain, rewritten, {}, f"from depths {a}, {b} and {c}; at {c}, {third.dominates}"
-    )
+    owners = f"from depths {a}, {b} and {c}; at {c}, {third.dominates}"
+    return Estimate(plain, rewritten, {}, owners, third.logits)
 
 
 # --- totals --------------------------------------------------------------------------------

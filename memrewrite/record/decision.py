@@ -18,6 +18,8 @@ from torch import Tensor
 
 GRAPHS = ("forward", "backward")
 
+IN_CHUNKS = "its gradient is computed with the loss, in chunks"
+
 
 @dataclass
 class InputRecord:

@@ -24,7 +24,7 @@ from memrewrite.loss.lazy import lazily
 from memrewrite.methods.method import Ask, Bound, Method, State
 from memrewrite.methods.request import extra_inputs, make_request
 from memrewrite.parallel.wrapped import is_sharded, originals, rehearsed
-from memrewrite.record.decision import GraphRecord
+from memrewrite.record.decision import IN_CHUNKS, GraphRecord
 from memrewrite.record.logs import log_decisions
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Choice, Part, choose
@@ -248,10 +248,8 @@ class Graph:
                 observed = part, positions
         request = self._request(len(args), asked)
         compiled, record = capture(gm, args, request, self.setting.engine)
-        compressed = {weight for entry in record.inputs for weight in entry.weights}
-        exact = [weight for weight in chunked.head if weight not in compressed]
-        reason = "its gradient is computed with the loss, in chunks"
-        record.refused |= dict.fromkeys(exact, reason)
+        known = {w for entry in record.inputs for w in (*entry.weights, *entry.exact_weights)}
+        record.refused |= dict.fromkeys([w for w in chunked.head if w not in known], IN_CHUNKS)
         compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed, chunked)
 
@@ -261,9 +259,10 @@ class Graph:
         if chunks is None or not self.training:
             return Chunked(self.gm)
         head = find_head(self.gm.graph)
-        taken = {a.position for part, asks in asked if not part.method.narrows for a in asks}
-        if not isinstance(head, str) and taken & {*head.weights}:
-            head = "galore or activations= selects the head; leave it out of their sites"
+        others = ((part.method, asks) for part, asks in asked if not part.method.narrows)
+        taken = {ask.position: method for method, asks in others for ask in asks}
+        if not isinstance(head, str) and (by := [taken[w] for w in head.weights if w in taken]):
+            head = f"{by[0].name} compresses the head's input; leave it out of {by[0].remedy}"
         if not isinstance(head, str) and not chunks:
             head = _too_small(head) or (_may_be_freed(head) if self.sharded else None) or head
         if isinstance(head, str):
@@ -323,7 +322,7 @@ def _sizes(head: Head, chunks: int) -> str:
     count = -(-rows // mine) if rows else 0
     return (
         f"logits: {size:.1f} MB -> {small:.1f} MB in {count} chunks of {mine} rows, exact"
-        f"{', computed again in backward' if head.by_rows else ''} (in neither total)"
+        f"{', computed again in backward' if head.by_rows else ''}"
     )
 
 

@@ -185,7 +185,7 @@ def read_instead(gradient: WeightGradient, x_hat: Node, scale: float = 1.0) -> N
 
 def _read_in_chunks(dw: Node, x_hat: Node, scale: float) -> None:
     loss = operand(dw, 0)
-    loss.replace_all_uses_with(call(loss, loss.target, *chunked_loss.arguments_with(loss, x_hat)))
+    loss.replace_all_uses_with(call(loss, loss.target, *chunked_loss.arguments_with(loss, x=x_hat)))
     loss.graph.erase_node(loss)
     if scale != 1.0:
         scaled = call(dw, aten.mul.Tensor, dw, scale)

@@ -141,7 +141,7 @@ def _match_chunked(weight: int, node: Node) -> WeightGradient | None:
         return None
     loss = operand(node, 0)
     x = operand(loss, 0)
-    if chunked_loss.x_of(loss) is not None:
+    if chunked_loss.x_of(loss) is not None or chunked_loss.projected(loss):
         return None  # compressed already
     features = fixed(x.meta["val"].shape[1])
     if features is None:

@@ -68,7 +68,7 @@ def _folded_across(matmul: Node, x_hat: Node, columns: Node) -> Node:
 
 def _fold_in_chunks(loss: Node, x_hat: Node) -> None:
     z, v, features = x_hat.args
-    new = call(loss, loss.target, *chunked_loss.arguments_with(loss, z))
+    new = call(loss, loss.target, *chunked_loss.arguments_with(loss, x=z))
     _replace(loss, new)
     for dw in filter(is_chunked, list(new.users)):
         dw.meta["val"] = new.meta["val"][chunked_loss.DW]  # (O, G)

@@ -12,19 +12,22 @@ is exact given P, and dW is never formed:
     project(c a) = c project(a)                P^T a^T = (a P)^T        a^T P = (P^T a)^T
 
 For a linear layer, dW = dy^T x, that is (dy P)^T x from the left and dy^T (x P) from the
-right, where x P (N, r) may be saved for backward in place of x (N, D). A gradient of any other
-form is projected where it is complete, and freed within backward.
+right, where x P (N, r) may be saved for backward in place of x (N, D). A loss in chunks has dW
+in the forward, from the same operands: `passes.chunked_loss`. A gradient of any other form is
+projected where it is complete, and freed within backward.
 Source: Zhao et al. 2024, arXiv:2403.03507, equation 11; pushing it into backward: design.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from passes import chunked_loss
 from passes.base import (
     CASTS,
     CONVERT,
@@ -40,6 +43,7 @@ from passes.base import (
     operand,
 )
 from passes.joint.attach import detach_ports, is_zeros_of_port
+from passes.joint.find import is_chunked, scaled_by_tensor
 from passes.ops import galore_project
 
 NAME = "galore"
@@ -97,7 +101,8 @@ def push_projections() -> Pass:
         while todo:
             node = todo.pop()
             g = operand(node, 0)
-            pushed = _pushed(node) if g in backward and set(g.users) == {node} else None
+            inside = g in backward or is_chunked(g)
+            pushed = _pushed(node) if inside and set(g.users) == {node} else None
             if pushed is not None:
                 result, made = pushed
                 todo += made
@@ -132,7 +137,9 @@ def _pushed(node: Node) -> tuple[Node, list[Node]] | None:
     if is_transpose(g):
         small = _project(node, operand(g, 0), p, not left)
         return call(node, aten.permute.default, small, [1, 0]), [small]
-    if g.target is aten.mul.Tensor and isinstance(g.args[1], float):
+    if is_chunked(g):
+        return _projected_in_chunks(g, p, left), []
+    if scaled_by_tensor(g) or (g.target is aten.mul.Tensor and isinstance(g.args[1], float)):
         small = _project(node, operand(g, 0), p, left)
         return call(node, aten.mul.Tensor, small, g.args[1]), [small]
     if g.target is aten.add.Tensor and not g.kwargs and len(g.all_input_nodes) == 2:
@@ -140,6 +147,17 @@ def _pushed(node: Node) -> tuple[Node, list[Node]] | None:
         if both[0].meta["val"].shape == both[1].meta["val"].shape:
             return call(node, aten.add.Tensor, *both), both
     return None
+
+
+def _projected_in_chunks(dw: Node, p: Node, left: bool) -> Node:
+    """The dw of a loss in chunks that computes project(dw, P) itself."""
+    loss = operand(dw, 0)
+    x = chunked_loss.x_of(loss) or operand(loss, 0)
+    how = {"p": p} if left else {"x": _project(loss, x, p, left)}  # (V, r), (N, r)
+    new = call(loss, loss.target, *chunked_loss.arguments_with(loss, **how))
+    loss.replace_all_uses_with(new)
+    loss.graph.erase_node(loss)
+    return call(dw, operator.getitem, new, chunked_loss.DW)
 
 
 def _project(like: Node, g: Node, p: Node, left: bool) -> Node:
