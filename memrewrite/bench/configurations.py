@@ -21,6 +21,7 @@
     lora-R                     LoRA adapters of rank R on the value and down projections; lora is
                                lora-8
     peft-velora-M              PEFT's VeLoRA on them
+    nf4                        QLoRA: the frozen linears in bitsandbytes' 4-bit NF4
     adamw8bit-torchao  adamw8bit-bitsandbytes  adafactor  galore-torch  apollo-torch
                                in place of fused AdamW
     frozen-SITES               those weights get no gradient: a control for `bench train`
@@ -78,6 +79,7 @@ class Configuration:
     fp8: float | None = None
     lora: int | None = None  # the rank
     peft_velora: int | None = None
+    nf4: bool = False
     velora: int | None = None
     sites: Literal["auto", "all"] = "auto"
     dense: bool = False
@@ -95,7 +97,7 @@ class Configuration:
 
     @property
     def exact(self) -> bool:
-        approximate = self.velora or self.peft_velora or self.galore or self.own
+        approximate = self.velora or self.peft_velora or self.nf4 or self.galore or self.own
         approximate = approximate or self.fp8 is not None or self.activations or self.moments
         controlled = self.frozen or self.slowed
         return not approximate and self.optimizer == "adamw" and not controlled
@@ -155,6 +157,7 @@ class Configuration:
         """A required package that is not installed, or None."""
         wanted = [OPTIMIZERS.get(self.optimizer, "torch")]
         wanted += ["peft"] if self.lora else []
+        wanted += ["bitsandbytes"] if self.nf4 else []
         return next((package for package in wanted if find_spec(package) is None), None)
 
 
@@ -191,6 +194,8 @@ def parse(name: str) -> Configuration:
         raise ValueError(f"{name!r}: slowed is a control, of AdamW and nothing else")
     if found.peft_velora and not found.lora:
         raise ValueError(f"{name!r}: PEFT's VeLoRA needs lora")
+    if found.nf4 and not found.lora:
+        raise ValueError(f"{name!r}: weights in NF4 are not trained; nf4 needs lora")
     return found
 
 
@@ -203,6 +208,7 @@ def _meaning(part: str) -> dict[str, Any]:
         "aggressive": {"aggressive": True},
         "fp8": {"fp8": FP8_FROM},
         "lora": {"lora": LORA_RANK},
+        "nf4": {"nf4": True},
         "dense": {"dense": True},
         "pushed": {"pushed": True},
         "staggered": {"staggered": True},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import memrewrite
-from memrewrite.bench.configurations import LORA_RANK, Configuration, Controlled
+from memrewrite.bench.adapters import HEADS, adapted
+from memrewrite.bench.configurations import Configuration, Controlled
 from memrewrite.compiler.backend import set_torch
 from memrewrite.predict import models
 from memrewrite.session.call import call_of
@@ -21,7 +21,6 @@ from memrewrite.sites.select import select, why_exact
 from memrewrite.sites.weights import candidates
 
 SEED = 0
-HEADS = {"classifier", "score"}  # new ones of classifiers, which every method trains exactly
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def prepare(configuration: Configuration, asked: Request) -> Subject:
     set_torch(configuration.functorch, configuration.inductor)
     model, args, kwargs = asked.build()
     if configuration.lora:
-        model = _with_lora(model, configuration).to(asked.device)
+        model = adapted(model, configuration).to(asked.device)
     model.train()
     if configuration.frozen is not None:
         for parameter in weights_of(model, configuration.frozen, asked.rank):
@@ -98,8 +97,14 @@ def start_over(model: nn.Module, configuration: Configuration, asked: Request, s
     """Write the initial weights of a seed into a prepared model: of adapters those for training."""
     fresh, _, _ = asked.build(seed)
     if configuration.lora:
-        fresh = _with_lora(fresh, configuration, trained=True)
-    model.load_state_dict(fresh.state_dict())
+        fresh = adapted(fresh, configuration, trained=True)
+    if not configuration.nf4:
+        model.load_state_dict(fresh.state_dict())
+        return
+    values = dict(fresh.named_parameters())  # a linear in NF4 does not load its state dict
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(values[name].data)
 
 
 def weights_of(model: nn.Module, sites: Controlled, rank: int) -> list[nn.Parameter]:
@@ -151,34 +156,3 @@ def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> 
             "auto" if configuration.chunks is None else configuration.chunks or False
         )
         memrewrite.compile(model, velora=velora if size else False, galore=wanted, **other)
-
-
-def _with_lora(model: Any, configuration: Configuration, trained: bool = False) -> Any:
-    """The model with adapters on VeLoRA's auto sites; with a sub-token size, PEFT's VeLoRA.
-
-    B is random unless `trained`: at zero, the gradient of A would be zero and show no error. PEFT
-    has one number of groups for all layers: here each layer is set up with that of its width.
-    Its v is, as in the paper and in memrewrite, the mean of the first batch, then frozen.
-    """
-    size, rank = configuration.peft_velora, configuration.lora or LORA_RANK
-    from peft import LoraConfig, VeloraConfig, get_peft_model
-    from peft.tuners.lora.variants import VeloraLinearVariant
-
-    where = sorted(select(candidates(model), "auto"))
-    heads = [name for name, _ in model.named_children() if name in HEADS]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=where,
-        modules_to_save=heads or None,
-        init_lora_weights=trained,
-    )
-    if size:
-        config.velora_config = VeloraConfig(init_type="batch_average_once")
-    adapted: Any = get_peft_model(model, config)
-    for module in adapted.modules():
-        if size and hasattr(module, "lora_velora_num_groups"):
-            groups = math.ceil(module.in_features / size)
-            config.velora_config = VeloraConfig(groups, init_type="batch_average_once")
-            VeloraLinearVariant.init(module, "default", config)
-    return adapted

@@ -62,9 +62,10 @@ def test_validation_draws_no_dropout() -> None:
     assert one == other and model.training
 
 
-def test_adapters_are_trained_from_the_weights_of_the_seed() -> None:
+@pytest.mark.parametrize("name", ["lora-4+eager", "lora-4+nf4+eager"])
+def test_adapters_are_trained_from_the_weights_of_the_seed(name: str) -> None:
     """B is random where gradients are compared, and zero where training starts."""
-    asked, configuration = Request("llama-tiny", batch=1, seq=8, vocab=300), parse("lora-4+eager")
+    asked, configuration = Request("llama-tiny", batch=1, seq=8, vocab=300), parse(name)
     model = prepare(configuration, asked).model
     ups = [p for name, p in model.named_parameters() if "lora_B" in name]
     downs = [p for name, p in model.named_parameters() if "lora_A" in name]
@@ -74,6 +75,8 @@ def test_adapters_are_trained_from_the_weights_of_the_seed() -> None:
     first = downs[0].clone()
     training._start_over(model, configuration, asked, 1)
     assert torch.equal(downs[0], first)
+    kinds = {p.dtype for p in model.parameters() if p.ndim == 2 and not p.requires_grad}
+    assert kinds == {torch.float32, torch.uint8} if configuration.nf4 else {torch.float32}
     training._start_over(model, configuration, asked, 2)
     assert not torch.equal(downs[0], first)
 
