@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -301,7 +300,7 @@ def _key(
 
 
 def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Callable[..., Any]:
-    """Compile a graph that writes its inputs; `dynamic`: for all shapes, not just theirs."""
+    """Compile a graph that writes its inputs; `dynamic`: for any number of rows."""
     if engine.backend == "aot_eager":
         return gm
     from torch._dynamo.exc import TorchDynamoException
@@ -310,6 +309,8 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
     current: list[Callable[..., Any]] = [compiled]
 
     def run(*tensors: Tensor) -> Any:
+        for matrix in (t for t in tensors if dynamic and t.ndim == 2):
+            torch._dynamo.mark_static(matrix, 1)
         try:
             return current[0](*tensors)
         except TorchDynamoException as error:  # before anything ran, so nothing was written
@@ -325,11 +326,8 @@ def compile_update(gm: GraphModule, engine: Engine, dynamic: bool = False) -> Ca
 
 
 def _fused_throughout() -> dict[str, Any]:
-    """Options for factored updates: before torch 2.13 Inductor materializes a small moment."""
-    from torch._inductor.ir import StorageBox
-
-    known = inspect.signature(StorageBox.should_realize_on_reuse).parameters
-    return {} if "graph_reuse" in known else {"realize_reads_threshold": 64}
+    """Options by which Inductor computes a moment again where it is read, and stores none."""
+    return {"realize_reads_threshold": 64, "realize_opcount_threshold": 400}
 
 
 def in_compiled_autograd() -> bool:

@@ -25,14 +25,13 @@ from memrewrite.gradients.basis import Vector, small_shape, spread
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.gradients.packing import VECTOR, pack, unpack
 from memrewrite.moments.optimizers import ADAMW, Flags, Row
-from memrewrite.moments.update import W, add_input, wide
+from memrewrite.moments.update import EXAMPLE, W, add_input, rows_of, wide
 from passes.base import Pass
 from passes.lower import lower_ir_ops
 from passes.update.factor import SQUARE, V, factor_updates
 
 MOMENTS = {"exp_avg": V, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE}
 FULL_SIZE = "its optimizer state is full-size already"
-EXAMPLE = 7  # rows of the example that a dynamic update is captured on
 
 
 @dataclass(frozen=True)
@@ -144,20 +143,13 @@ def inputs(parameter: nn.Parameter, state: dict[str, Any], kind: FactoredKind) -
     small = [gradient.coordinates.contiguous(), *(state[name] for name in moments(kind))]
     weight = parameter.detach()
     if kind.dynamic:
-        weight, small = _rows(weight, kind.size), [_rows(t, 1) for t in small]
+        weight, small = rows_of(weight, kind.size), [rows_of(t, 1) for t in small]
     return [weight, *small, _vector(gradient)]
 
 
 def _vector(gradient: ProjectedGrad) -> Tensor:
     assert isinstance(gradient.basis, Vector)  # `obstacle` has checked it
     return gradient.basis.v
-
-
-def _rows(tensor: Tensor, columns: int) -> Tensor:
-    """The same storage as (rows, columns), not as a view: a compiler guards a view's base."""
-    shape = tensor.numel() // columns, columns
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, (columns, 1))
 
 
 def spread_state(state: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> None:

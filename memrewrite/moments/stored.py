@@ -14,13 +14,15 @@
 `read` runs before the update and returns its compute dtype, `write` runs after it; both are
 traced into the graph, once per kind of weight. State in `optimizer.state[p]`: `step`, and per
 moment of the optimizer (`exp_avg`, ...) one plain tensor for each of `parts`, under the moment's
-name with that suffix.
+name with that suffix. `load_state_dict` casts floats to the dtype of the weight: a part of more
+bytes a number, such as a float32 scale of a bfloat16 weight, is kept as its bytes, in uint8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from memrewrite.moments.optimizers import Flags, Row
-from memrewrite.moments.update import wide
+from memrewrite.moments.update import same_storage, wide
 from memrewrite.sites.sharded import is_sharded
 from passes.base import Pass
 from passes.lower import lower_ir_ops
@@ -38,12 +40,15 @@ from passes.update.store import Form, store_moments
 class Moment:
     """A storage format for moments. Subclass it: set `name`, define `read` and `write`.
 
-    parts: suffixes of the tensors that store one moment. Instances with equal attributes are
-    equal, and share a compiled update.
+    parts: suffixes of the tensors that store one moment. row: if given, a weight whose size it
+    divides is updated as a matrix of rows of that length, which `read` and `write` then get: one
+    compiled update serves all such weights. Instances with equal attributes are equal, and share
+    a compiled update.
     """
 
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ("",)
+    row: ClassVar[int | None] = None
 
     def declines(self, weight: Tensor) -> str | None:
         """The reason not to use this format for the moments of a weight, or None."""
@@ -98,24 +103,39 @@ class StoredKind:
     flags: Flags
     row: Row
     moment: Moment
-    dynamic = False
+    dynamic: bool = False  # the weight is rows of `moment.row`, and `shape` is an example
 
     def zeros(self, weight: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name in self.row.moments_of(self.flags):
-            stored = self.moment.zeros(weight.detach(), name=name)
-            parts = stored if isinstance(stored, tuple) else (stored,)
-            found |= dict(zip(self.moment.keys(name), parts, strict=True))
+            found |= self.entries(name, self.moment.zeros(weight.detach(), name=name))
+        return found
+
+    def entries(self, name: str, stored: Any) -> dict[str, Tensor]:
+        """The entries of a state for what `write` returned."""
+        parts = stored if isinstance(stored, tuple) else (stored,)
+        kept = [t.view(torch.uint8) if self._as_bytes(t) else t for t in parts]
+        return dict(zip(self.moment.keys(name), kept, strict=True))
+
+    def _as_bytes(self, part: Tensor) -> bool:
+        longer = part.is_floating_point() and part.itemsize > self.dtype.itemsize
+        return longer and part.ndim > 0 and part.is_contiguous()
+
+    def inputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """The moments' inputs of the update: the tensors of a state, not as their bytes."""
+        found = []
+        for key, dtype in _dtypes(self).items():
+            kept = state[key]
+            last = kept.shape[-1] * kept.itemsize // dtype.itemsize if kept.ndim else 1
+            fresh = self.dynamic or kept.dtype != dtype
+            shape = (*kept.shape[:-1], last)
+            found.append(same_storage(kept, shape, dtype) if fresh else kept)
         return found
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
         """The passes that replace each moment's input by those of its parts."""
         names = self.row.moments_of(self.flags)
-        zeros = self.zeros(torch.empty(self.shape, dtype=self.dtype))
-        held = {}
-        for i, name in enumerate(names):
-            stored = tuple(zeros[key] for key in self.moment.keys(name))
-            held[2 + i] = Form(self.moment.name, stored, *self._functions(name))
+        held = {2 + i: Form(self.moment.name, *self._functions(n)) for i, n in enumerate(names)}
         key = (self.moment, self.shape, self.dtype)
         todo = [*self.row.inputs, *self.row.lowering, store_moments(held, wide(self.dtype), key)]
         return [*todo, lower_ir_ops()]
@@ -131,6 +151,18 @@ class StoredKind:
             return moment.write(value, name=name)
 
         return read, write
+
+
+@cache
+def _dtypes(kind: StoredKind) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors of a state, before any is kept as its bytes."""
+    found: dict[str, torch.dtype] = {}
+    weight = torch.empty(kind.shape, dtype=kind.dtype, device="meta")
+    for name in kind.row.moments_of(kind.flags):
+        stored = kind.moment.zeros(weight, name=name)
+        parts = stored if isinstance(stored, tuple) else (stored,)
+        found |= {k: t.dtype for k, t in zip(kind.moment.keys(name), parts, strict=True)}
+    return found
 
 
 MOMENTS: dict[str, Callable[[], Moment]] = {}  # by the name for `moments=`

@@ -25,6 +25,7 @@ from passes.base import Pass
 from passes.update.pieces import Pieces, cut
 
 W = 0  # argument position of the weight; see `capture` for the others
+EXAMPLE = 7  # rows of the example that a dynamic update is captured on
 
 
 class Captured(Protocol):
@@ -168,3 +169,16 @@ def add_input(
         node.meta["val"] = example.new_empty(shape, dtype=dtype or example.dtype)
     node.meta["argument"] = len(places)
     return len(places)
+
+
+def rows_of(tensor: Tensor, columns: int) -> Tensor:
+    """A contiguous tensor as (rows, columns); see `same_storage`."""
+    return same_storage(tensor, (tensor.numel() // columns, columns), tensor.dtype)
+
+
+def same_storage(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The bytes of a contiguous tensor, not as a view: a compiler guards a view's base."""
+    start = tensor.storage_offset() * tensor.itemsize // dtype.itemsize
+    found = torch.empty(0, dtype=dtype, device=tensor.device)
+    strides = torch.empty(shape, device="meta").stride()
+    return found.set_(tensor.untyped_storage(), start, shape, strides)

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.moments.optimizers import flags_of, row_of
 from memrewrite.moments.stored import StoredKind
-from memrewrite.moments.update import wide
+from memrewrite.moments.update import EXAMPLE, rows_of, wide
 from memrewrite.optim.attachment import Attachment, numbers_of, update_of
 from memrewrite.session.session import Session
-from memrewrite.sites.sharded import gathered, keep_shard
+from memrewrite.sites.sharded import gathered, is_sharded, keep_shard
 
 
 def update(
@@ -34,8 +35,12 @@ def update(
     compiled = update_of(kind, session)
     scale = session.step_scale if parameter in attachment.scaled else 1.0
     numbers = numbers_of(compiled, state["step"], group, shared, scale)
-    weight = gathered(parameter.detach())
-    compiled.apply([weight, gradient, *(state[key] for key in _keys(kind))], numbers)
+    weight, held = gathered(parameter.detach()), [state[key] for key in _keys(kind)]
+    pair = [weight, gradient]
+    if kind.dynamic:
+        pair = [rows_of(t, kind.shape[1]) for t in (weight, gradient.contiguous())]
+    compiled.apply([*pair, *kind.inputs(state)], numbers)
+    increment_version([parameter, *held])  # maybe written through another tensor of its storage
     keep_shard(parameter, weight)
 
 
@@ -44,9 +49,12 @@ def _kind(
 ) -> StoredKind:
     row = row_of(optimizer, group)
     assert row is not None and session.moments is not None  # `membership` has checked it
-    shape = tuple(parameter.shape)
-    flags = flags_of(group)
-    return StoredKind(shape, parameter.dtype, parameter.device, flags, row, session.moments)
+    moment = session.moments
+    plain = is_sharded(parameter) or parameter.is_contiguous()  # in memory, once gathered
+    dynamic = moment.row is not None and parameter.numel() % moment.row == 0 and plain
+    shape: Any = (EXAMPLE, moment.row) if dynamic else tuple(parameter.shape)
+    how = parameter.dtype, parameter.device, flags_of(group), row, moment
+    return StoredKind(shape, *how, dynamic)
 
 
 def _keys(kind: StoredKind) -> list[str]:
@@ -96,9 +104,7 @@ def _take_over(
                 f"neither moments as {kind.moment.name!r} stores them nor full-size ones; compile "
                 "with the options of the run that saved it, or start with a new optimizer"
             )
-        stored = kind.moment.write(full.to(wide(kind.dtype)), name=name)
-        parts = stored if isinstance(stored, tuple) else (stored,)
-        state.update(zip(keys, parts, strict=True))
+        state.update(kind.entries(name, kind.moment.write(full.to(wide(kind.dtype)), name=name)))
         attachment.warn_once(
             "stored",
             f"the optimizer held full-size moments of a weight {tuple(parameter.shape)}: they are "

@@ -26,12 +26,10 @@ from passes.emit import emit
 class Form:
     """How one moment is stored.
 
-    stored: examples of its tensors. read(*stored, shape=, dtype=): the moment. write(moment): the
-    tensors to store, one or several.
+    read(*stored, shape=, dtype=): the moment. write(moment): the tensors to store, one or several.
     """
 
     name: str
-    stored: tuple[Tensor, ...]
     read: Callable[..., Tensor]
     write: Callable[..., Any]
 
@@ -58,7 +56,7 @@ def store_moments(
 def _store(moment: Node, form: Form, dtype: torch.dtype) -> None:
     shape = tuple(moment.meta["val"].shape)
     users = list(moment.users)
-    stored = _placeholders(moment, form)
+    stored = _placeholders(moment, form, dtype)
     read = emit(stored, form.name, lambda *t: form.read(*t, shape=shape, dtype=dtype))
     (whole,) = read
     if tuple(whole.meta["val"].shape) != shape or whole.meta["val"].dtype != dtype:
@@ -70,15 +68,18 @@ def _store(moment: Node, form: Form, dtype: torch.dtype) -> None:
             user.replace_input_with(moment, whole)
 
 
-def _placeholders(moment: Node, form: Form) -> list[Node]:
+def _placeholders(moment: Node, form: Form, dtype: torch.dtype) -> list[Node]:
     """The placeholder of the moment, with its new shape, and one more per further tensor."""
-    mode = moment.meta["val"].fake_mode
+    value = moment.meta["val"]
+    with value.fake_mode:
+        written = form.write(value.to(dtype))
+    parts = written if isinstance(written, tuple) else (written,)
     found, graph = [moment], moment.graph
-    for _ in form.stored[1:]:
+    for _ in parts[1:]:
         with graph.inserting_after(found[-1]):
             found.append(graph.placeholder(f"{moment.name}_part"))
-    for node, part in zip(found, form.stored, strict=True):
-        with mode:
+    for node, part in zip(found, parts, strict=True):
+        with value.fake_mode:
             node.meta["val"] = torch.empty(part.shape, dtype=part.dtype)
         node.meta["stored"] = form.name
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
