@@ -17,7 +17,7 @@ from memrewrite.methods import methods_for
 from memrewrite.methods.method import METHODS, Method
 from memrewrite.methods.velora import SubTokens
 from memrewrite.moments import int8 as int8  # registers it
-from memrewrite.moments.stored import MOMENTS, Moment, moment_of
+from memrewrite.moments.moment import MOMENTS, Moment, moment_of
 from memrewrite.optim import hook
 from memrewrite.parallel.data_parallel import foresee
 from memrewrite.parallel.wrapped import inner

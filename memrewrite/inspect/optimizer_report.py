@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from memrewrite.gradients.packing import VECTOR
 from memrewrite.inspect.folding import Fold, folded
+from memrewrite.moments.moment import Moment, stores
 from memrewrite.moments.optimizers import ADAM
 from memrewrite.moments.projected import Target
-from memrewrite.moments.stored import Moment, stores
 from memrewrite.optim.hook import attachments
 from memrewrite.session.choice import Part
 from memrewrite.session.session import Session

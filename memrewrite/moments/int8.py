@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from memrewrite.moments.stored import MOMENTS, Moment
+from memrewrite.moments.moment import MOMENTS, Moment
 from memrewrite.moments.update import wide
 
 LEAST = 4096  # as in bitsandbytes

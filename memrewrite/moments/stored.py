@@ -1,96 +1,141 @@
-"""Moments in a storage format, read and written within the update of the optimizer.
-
-    class BF16(memrewrite.Moment):
-        name = "bf16"
-
-        def write(self, value, *, name):
-            return value.bfloat16()
-
-        def read(self, stored, *, name, shape, dtype):
-            return stored.to(dtype)
-
-    memrewrite.compile(model, moments=BF16())
-
-`read` runs before the update and returns its compute dtype, `write` runs after it; both are
-traced into the graph, once per kind of weight. State in `optimizer.state[p]`: `step`, and per
-moment of the optimizer (`exp_avg`, ...) one plain tensor for each of `parts`, under the moment's
-name with that suffix. `load_state_dict` casts floats to the dtype of the weight: a part of more
-bytes a number, such as a float32 scale of a bfloat16 weight, is kept as its bytes, in uint8.
-"""
+"""Moments in a storage format: entries of an optimizer's state, and the update of a weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from memrewrite.moments.moment import Moment
 from memrewrite.moments.optimizers import Flags, Row
 from memrewrite.moments.update import same_storage, wide
-from memrewrite.sites.sharded import is_sharded
 from passes.base import Pass
 from passes.lower import lower_ir_ops
 from passes.update.store import Form, store_moments
 
-
-class Moment:
-    """A storage format for moments. Subclass it: set `name`, define `read` and `write`.
-
-    parts: suffixes of the tensors that store one moment. row: if given, a weight whose size it
-    divides is updated as a matrix of rows of that length, which `read` and `write` then get: one
-    compiled update serves all such weights. Instances with equal attributes are equal, and share
-    a compiled update.
-    """
-
-    name: ClassVar[str] = ""
-    parts: ClassVar[tuple[str, ...]] = ("",)
-    row: ClassVar[int | None] = None
-
-    def declines(self, weight: Tensor) -> str | None:
-        """The reason not to use this format for the moments of a weight, or None."""
-        return None
-
-    def zeros(self, like: Tensor, *, name: str) -> Any:
-        """The stored form of a moment of zeros with the shape of `like`."""
-        return self.write(torch.zeros_like(like, dtype=wide(like.dtype)), name=name)
-
-    def read(self, stored: Any, *, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The moment, of that shape and dtype, from its stored tensor, or tuple of tensors."""
-        raise NotImplementedError
-
-    def write(self, value: Tensor, *, name: str) -> Any:
-        """The tensor, or tuple of tensors, to store for a moment (float32 or float64)."""
-        raise NotImplementedError
-
-    def bytes_of(self, weight: Tensor, names: Sequence[str]) -> int:
-        """Bytes of these moments of a weight."""
-        meta = weight.detach().to("meta")
-        stored = [self.zeros(meta, name=name) for name in names]
-        parts = [p for one in stored for p in (one if isinstance(one, tuple) else (one,))]
-        return sum(part.nbytes for part in parts)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash((type(self), repr(sorted(vars(self).items()))))
-
-    def keys(self, name: str) -> list[str]:
-        """Keys of one moment's tensors in an optimizer's state."""
-        return [f"{name}{part}" for part in self.parts]
+FIRST = 2  # argument position of the first moment in a captured update
 
 
-def stores(form: Moment | None, weight: Tensor) -> bool:
-    """Whether a form stores the moments of a weight: not of a scalar or a quantised wrapper."""
-    if form is None or not weight.ndim or not weight.is_floating_point():
-        return False
-    if hasattr(weight, "__tensor_flatten__") and not is_sharded(weight):
-        return False
-    return form.declines(weight) is None
+@dataclass(frozen=True)
+class Held:
+    """Moments of one shape in a form. dtype: of the weight, to which `load_state_dict` casts."""
+
+    moment: Moment
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def keys(self) -> list[str]:
+        """Their keys in the state, in the order of the update's inputs."""
+        return [key for name in self.names for key in self.moment.keys(name)]
+
+    def zeros(self, device: torch.device | str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        like = torch.empty((), dtype=self.dtype, device=device).expand(self.shape)
+        for name in self.names:
+            found |= self.entries(name, self.moment.zeros(like, name=name))
+        return found
+
+    def store(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The entries for moments in full."""
+        found: dict[str, Tensor] = {}
+        for name, value in moments.items():
+            written = self.moment.write(value.to(wide(self.dtype)), name=name)
+            found |= self.entries(name, written)
+        return found
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The moments in full, in the dtype of the update."""
+        parts = iter(self.inputs(state))
+        how: dict[str, Any] = {"shape": self.shape, "dtype": wide(self.dtype)}
+        found = {}
+        for name in self.names:
+            stored = tuple(next(parts) for _ in self.moment.parts)
+            found[name] = self.moment.read(_unpacked(stored), name=name, **how)
+        return found
+
+    def inputs(self, state: Mapping[str, Tensor], fresh: bool = False) -> list[Tensor]:
+        """The tensors of a state, not as their bytes; fresh: other tensors of their storage."""
+        found = []
+        for key, dtype in self._dtypes.items():
+            kept = state[key]
+            last = kept.shape[-1:].numel() * kept.itemsize // dtype.itemsize
+            shape = (*kept.shape[:-1], last) if kept.ndim else ()
+            same = kept.dtype == dtype and not fresh
+            found.append(kept if same else same_storage(kept, shape, dtype))
+        return found
+
+    def forms(self) -> dict[int, Form]:
+        """The form of each moment of a captured update, by its argument position."""
+        return {
+            FIRST + i: Form(self.moment.name, *_functions(self.moment, name))
+            for i, name in enumerate(self.names)
+        }
+
+    def take_over(self, state: dict[str, Any], what: str) -> bool:
+        """Convert loaded state: of this form, cast by `load_state_dict`; or of moments in full.
+
+        Returns whether any was in full. Raises ValueError for anything else, before it writes.
+        """
+        zeros, found, full = self.zeros("meta"), dict[str, Tensor](), dict[str, Tensor]()
+        for name in self.names:
+            keys = self.moment.keys(name)
+            known = all(k in state and state[k].shape == zeros[k].shape for k in keys)
+            cast = {k: state[k].to(zeros[k].dtype) for k in keys} if known else {}
+            if cast and all(torch.equal(cast[k].to(state[k].dtype), state[k]) for k in keys):
+                found |= cast
+                continue
+            full[name] = state.get(name)  # type: ignore[assignment]
+            if not isinstance(full[name], Tensor) or full[name].shape != self.shape:
+                shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
+                raise ValueError(
+                    f"the optimizer's state of {what} has tensors {shapes}: neither moments as "
+                    f"{self.moment.name!r} stores them nor full-size ones; compile with the "
+                    "options of the run that saved it, or start with a new optimizer"
+                )
+        state.update(found | self.store(full))
+        return bool(full)
+
+    def entries(self, name: str, stored: Any) -> dict[str, Tensor]:
+        """The entries of a state for what `write` returned for one moment."""
+        kept = [t.view(torch.uint8) if self._as_bytes(t) else t for t in _packed(stored)]
+        return dict(zip(self.moment.keys(name), kept, strict=True))
+
+    def _as_bytes(self, part: Tensor) -> bool:
+        longer = part.is_floating_point() and part.itemsize > self.dtype.itemsize
+        return longer and part.ndim > 0 and part.is_contiguous()
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each entry, before it is kept as its bytes."""
+        like = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        zeros = (_packed(self.moment.zeros(like, name=name)) for name in self.names)
+        parts = [part for stored in zeros for part in stored]
+        return {key: part.dtype for key, part in zip(self.keys, parts, strict=True)}
+
+
+def _packed(stored: Any) -> tuple[Tensor, ...]:
+    return stored if isinstance(stored, tuple) else (stored,)
+
+
+def _unpacked(stored: tuple[Tensor, ...]) -> Any:
+    return stored if len(stored) > 1 else stored[0]
+
+
+def _functions(moment: Moment, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def read(*tensors: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return moment.read(_unpacked(tensors), name=name, shape=shape, dtype=dtype)
+
+    def write(value: Tensor) -> Any:
+        return moment.write(value, name=name)
+
+    return read, write
 
 
 @dataclass(frozen=True)
@@ -105,83 +150,15 @@ class StoredKind:
     moment: Moment
     dynamic: bool = False  # the weight is rows of `moment.row`, and `shape` is an example
 
+    def held(self, shape: tuple[int, ...]) -> Held:
+        """The moments of a weight of this kind, of that shape."""
+        return Held(self.moment, tuple(self.row.moments_of(self.flags)), shape, self.dtype)
+
     def zeros(self, weight: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name in self.row.moments_of(self.flags):
-            found |= self.entries(name, self.moment.zeros(weight.detach(), name=name))
-        return found
-
-    def entries(self, name: str, stored: Any) -> dict[str, Tensor]:
-        """The entries of a state for what `write` returned."""
-        parts = stored if isinstance(stored, tuple) else (stored,)
-        kept = [t.view(torch.uint8) if self._as_bytes(t) else t for t in parts]
-        return dict(zip(self.moment.keys(name), kept, strict=True))
-
-    def _as_bytes(self, part: Tensor) -> bool:
-        longer = part.is_floating_point() and part.itemsize > self.dtype.itemsize
-        return longer and part.ndim > 0 and part.is_contiguous()
-
-    def inputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """The moments' inputs of the update: the tensors of a state, not as their bytes."""
-        found = []
-        for key, dtype in _dtypes(self).items():
-            kept = state[key]
-            last = kept.shape[-1] * kept.itemsize // dtype.itemsize if kept.ndim else 1
-            fresh = self.dynamic or kept.dtype != dtype
-            shape = (*kept.shape[:-1], last)
-            found.append(same_storage(kept, shape, dtype) if fresh else kept)
-        return found
+        return self.held(tuple(weight.shape)).zeros(weight.device)
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
         """The passes that replace each moment's input by those of its parts."""
-        names = self.row.moments_of(self.flags)
-        held = {2 + i: Form(self.moment.name, *self._functions(n)) for i, n in enumerate(names)}
         key = (self.moment, self.shape, self.dtype)
-        todo = [*self.row.inputs, *self.row.lowering, store_moments(held, wide(self.dtype), key)]
-        return [*todo, lower_ir_ops()]
-
-    def _functions(self, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        moment, count = self.moment, len(self.moment.parts)
-
-        def read(*tensors: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            stored = tensors[0] if count == 1 else tensors
-            return moment.read(stored, name=name, shape=shape, dtype=dtype)
-
-        def write(value: Tensor) -> Any:
-            return moment.write(value, name=name)
-
-        return read, write
-
-
-@cache
-def _dtypes(kind: StoredKind) -> dict[str, torch.dtype]:
-    """The dtypes of the tensors of a state, before any is kept as its bytes."""
-    found: dict[str, torch.dtype] = {}
-    weight = torch.empty(kind.shape, dtype=kind.dtype, device="meta")
-    for name in kind.row.moments_of(kind.flags):
-        stored = kind.moment.zeros(weight, name=name)
-        parts = stored if isinstance(stored, tuple) else (stored,)
-        found |= {k: t.dtype for k, t in zip(kind.moment.keys(name), parts, strict=True)}
-    return found
-
-
-MOMENTS: dict[str, Callable[[], Moment]] = {}  # by the name for `moments=`
-
-
-def moment_of(moments: object) -> Moment | None:
-    """The format of `moments=`. Raises TypeError or ValueError where it is none."""
-    if moments is None:
-        return None
-    known = ", ".join(map(repr, MOMENTS)) or "none"
-    if isinstance(moments, str):
-        if moments not in MOMENTS:
-            raise ValueError(f"moments={moments!r} is not registered; known: {known}")
-        return MOMENTS[moments]()
-    if isinstance(moments, Moment):
-        if not moments.name:
-            raise ValueError(f"{type(moments).__name__} has no name: set the attribute `name`")
-        return moments
-    raise TypeError(
-        f"moments={moments!r} is a {type(moments).__name__}; pass a memrewrite.Moment, or the "
-        f"name of a registered one ({known})"
-    )
+        store = store_moments(self.held(self.shape).forms(), wide(self.dtype), key)
+        return [*self.row.inputs, *self.row.lowering, store, lower_ir_ops()]

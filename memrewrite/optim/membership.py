@@ -14,9 +14,9 @@ from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.basis import Vector
 from memrewrite.methods.vectors import Vectors
 from memrewrite.methods.velora import SubTokens, wide
+from memrewrite.moments.moment import stores
 from memrewrite.moments.optimizers import ADAM, row_of
 from memrewrite.moments.projected import Target, check_state, check_target
-from memrewrite.moments.stored import stores
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
 from memrewrite.session.session import Session, live_sessions

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.moments.optimizers import flags_of, row_of
-from memrewrite.moments.stored import StoredKind
-from memrewrite.moments.update import EXAMPLE, rows_of, wide
+from memrewrite.moments.stored import Held, StoredKind
+from memrewrite.moments.update import EXAMPLE, rows_of
 from memrewrite.optim.attachment import Attachment, numbers_of, update_of
 from memrewrite.session.session import Session
 from memrewrite.sites.sharded import gathered, is_sharded, keep_shard
@@ -28,19 +28,21 @@ def update(
 ) -> None:
     """One step of one weight; a small gradient is expanded, a sharded one gathered."""
     kind = _kind(session, parameter, group, optimizer)
+    held = kind.held(tuple(parameter.shape))
     attachment.kinds[parameter] = kind
     state, grad = optimizer.state[parameter], parameter.grad
-    _prepare(state, kind, parameter, group["capturable"], attachment)
+    _prepare(state, held, parameter, group["capturable"], attachment)
     gradient = grad.to_dense() if isinstance(grad, ProjectedGrad) else gathered(grad.detach())  # type: ignore[union-attr]
     compiled = update_of(kind, session)
     scale = session.step_scale if parameter in attachment.scaled else 1.0
     numbers = numbers_of(compiled, state["step"], group, shared, scale)
-    weight, held = gathered(parameter.detach()), [state[key] for key in _keys(kind)]
+    weight = gathered(parameter.detach())
     pair = [weight, gradient]
     if kind.dynamic:
         pair = [rows_of(t, kind.shape[1]) for t in (weight, gradient.contiguous())]
-    compiled.apply([*pair, *kind.inputs(state)], numbers)
-    increment_version([parameter, *held])  # maybe written through another tensor of its storage
+    compiled.apply([*pair, *held.inputs(state, fresh=kind.dynamic)], numbers)
+    # Maybe written through other tensors of their storage.
+    increment_version([parameter, *(state[key] for key in held.keys)])
     keep_shard(parameter, weight)
 
 
@@ -57,14 +59,9 @@ def _kind(
     return StoredKind(shape, *how, dynamic)
 
 
-def _keys(kind: StoredKind) -> list[str]:
-    names = kind.row.moments_of(kind.flags)
-    return [key for name in names for key in kind.moment.keys(name)]
-
-
 def _prepare(
     state: dict[str, Any],
-    kind: StoredKind,
+    held: Held,
     parameter: nn.Parameter,
     capturable: bool,
     attachment: Attachment,
@@ -73,40 +70,19 @@ def _prepare(
 
     Checked again only if its first tensor is another one than in the last step.
     """
+    first = held.keys[0]
     if not state:
         device = parameter.device if capturable else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state.update(kind.zeros(gathered(parameter)))
-    elif state.get(_keys(kind)[0]) is not attachment.checked.get(parameter):
-        _take_over(state, kind, parameter, attachment)
-    attachment.checked[parameter] = state[_keys(kind)[0]]
+        state.update(held.zeros(parameter.device))
+    elif state.get(first) is not attachment.checked.get(parameter):
+        what = f"a weight {tuple(parameter.shape)}"
+        if held.take_over(state, what):
+            attachment.warn_once(
+                "stored",
+                f"the optimizer held full-size moments of {what}: they are stored as "
+                f"{held.moment.name!r} from here on",
+            )
+    attachment.checked[parameter] = state[first]
     if state["step"].device.type != "cpu" and not capturable:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True
-
-
-def _take_over(
-    state: dict[str, Any], kind: StoredKind, parameter: nn.Parameter, attachment: Attachment
-) -> None:
-    """Convert loaded state: of the same format, cast by `load_state_dict`; or full-size moments."""
-    zeros = kind.zeros(gathered(parameter))
-    for name in kind.row.moments_of(kind.flags):
-        keys = kind.moment.keys(name)
-        known = all(k in state and state[k].shape == zeros[k].shape for k in keys)
-        cast = {k: state[k].to(zeros[k].dtype) for k in keys} if known else {}
-        if cast and all(torch.equal(cast[k].to(state[k].dtype), state[k]) for k in keys):
-            state.update(cast)
-            continue
-        full = state.get(name)
-        if not isinstance(full, Tensor) or full.shape != parameter.shape:
-            found = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
-            raise ValueError(
-                f"the optimizer's state of a weight {tuple(parameter.shape)} has tensors {found}: "
-                f"neither moments as {kind.moment.name!r} stores them nor full-size ones; compile "
-                "with the options of the run that saved it, or start with a new optimizer"
-            )
-        state.update(kind.entries(name, kind.moment.write(full.to(wide(kind.dtype)), name=name)))
-        attachment.warn_once(
-            "stored",
-            f"the optimizer held full-size moments of a weight {tuple(parameter.shape)}: they are "
-            f"stored as {kind.moment.name!r} from here on",
-        )

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.range_finder import OVERSAMPLING
+from memrewrite.moments.moment import Moment, stores
 from memrewrite.moments.optimizers import ADAM
-from memrewrite.moments.stored import Moment, stores
 from memrewrite.sites.eligible import projected_numbers, sites_of
 from memrewrite.sites.options import GaLore
 from memrewrite.sites.weights import Site

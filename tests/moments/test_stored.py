@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import memrewrite
 from memrewrite import GaLore, MemrewriteWarning, VeLoRA
 from memrewrite.compiler.backend import Engine
+from memrewrite.moments.moment import MOMENTS
 from memrewrite.moments.optimizers import ADAM, ADAMW, Flags, Row, row_of
-from memrewrite.moments.stored import MOMENTS, StoredKind
+from memrewrite.moments.stored import StoredKind
 from memrewrite.moments.update import build
 from memrewrite.session.session import session_of
 
