@@ -61,8 +61,9 @@ def compile(
         arXiv 2403.03507. The optimizer is rewritten at its first step.
     activations: another method for activations that weight gradients read (a `Compressor`, or
         the name of a registered one), for the weights that velora does not select.
-    moments: a storage format for Adam's moments (a `Moment`), for the weights whose state is
-        neither projected nor factored.
+    moments: a storage format for Adam's moments: "int8", a `Moment`, or the name of a registered
+        one. GaLore's are stored in it too, unless backward returns coordinates; those of VeLoRA's
+        small gradients, and of backward's coordinates, stay as they are.
     loss_chunks: the head and its cross entropy run in chunks of rows, exactly, and the logits
         that the model returns are computed when something reads their values. "auto": where
         the logits are more than two chunks of 32 MiB; a number: always; False: never.

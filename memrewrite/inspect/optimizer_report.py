@@ -13,11 +13,11 @@ from memrewrite.gradients.packing import VECTOR
 from memrewrite.inspect.folding import Fold, folded
 from memrewrite.moments.moment import Moment, stores
 from memrewrite.moments.optimizers import ADAM
-from memrewrite.moments.projected import Target
+from memrewrite.moments.projected import Target, projected_bytes
 from memrewrite.optim.hook import attachments
 from memrewrite.session.choice import Part
 from memrewrite.session.session import Session
-from memrewrite.sites.eligible import Selection, projected_numbers, sites_of
+from memrewrite.sites.eligible import Selection, sites_of
 from memrewrite.sites.weights import Site
 
 NOT_ATTACHED = (
@@ -61,7 +61,7 @@ def optimizer_rows(session: Session, model: nn.Module) -> tuple[tuple[OptimizerR
     served, pushed = _served(session), returned.keys() - small.keys()
     rows = (
         *(_factored(model, p, part, served) for p, (part, _) in small.items()),
-        *(_projected(site, served, pushed) for site in sites),
+        *(_projected(site, served, pushed, session.moments) for site in sites),
         *_others(model, sites, selection, served, set(small), session.moments),
     )
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
@@ -134,11 +134,11 @@ def _factored(
 
 
 def _projected(
-    site: Site, served: dict[Tensor, _Served], pushed: Container[Tensor]
+    site: Site, served: dict[Tensor, _Served], pushed: Container[Tensor], form: Moment | None
 ) -> OptimizerRow:
     parameter, shape = site.weight.parameter, site.weight.shape
     mine = served.get(parameter, NOBODY)
-    predicted = projected_numbers(shape, site.rank, site.left, mine.moments)
+    form = None if parameter in pushed else form
     small = parameter.numel() // shape[0 if site.left else 1] * site.rank
     held = small * parameter.element_size() if parameter in pushed else parameter.nbytes
     return OptimizerRow(
@@ -149,7 +149,7 @@ def _projected(
         "left" if site.left else "right",
         site.rank,
         mine.moments * parameter.nbytes,
-        _held(mine.state) or predicted * parameter.element_size(),
+        _held(mine.state) or projected_bytes(site, mine.moments, form),
         mine.target.refreshed if mine.target else None,
         mine.target.energy if mine.target else None,
         mine.target.failures if mine.target else 0,

@@ -2,13 +2,13 @@
 
 A moment is stored as rows of 256 numbers, a code for each and the row's largest value s:
 
-    m = s (c / 127)^2, with the sign of m        v = s (c / 255)^4
+    m = s (c / 127)^2, with the sign of m        v = s (c / 255)^4        P = s c / 127
 
 Identity: none. The spacing of codes, 2 / c and 4 / c of a value, is finest where the values are
-large. m is rounded to the nearest code. v is not: a step of Adam decays it by less than half a
-code, so that it could not shrink beside the largest of its row. Its code is floor(c + u), whose
-mean is c, and u, a hash of the bits of v, repeats where a run does. A positive v never becomes 0,
-as Adam divides by it.
+large. m, and GaLore's P, are rounded to the nearest code. v is not: a step of Adam decays it by
+less than half a code, so that it could not shrink beside the largest of its row. Its code is
+floor(c + u), whose mean is c, and u, a hash of the bits of v, repeats where a run does. A positive
+v never becomes 0, as Adam divides by it.
 
 Source: block-wise 8-bit state as in Dettmers et al. 2022, arXiv:2110.02861; maps and rounding:
 measured, docs/design.md.
@@ -25,6 +25,7 @@ from memrewrite.moments.moment import MOMENTS, Moment
 from memrewrite.moments.update import wide
 
 LEAST = 4096  # as in bitsandbytes
+SIGNED = ("exp_avg", "projector")
 
 
 class Int8(Moment):
@@ -37,6 +38,7 @@ class Int8(Moment):
     name = "int8"
     parts = ("", "_scale")
     row = 256
+    projectors = True
 
     def __init__(self, least: int = LEAST) -> None:
         self.least = least
@@ -45,15 +47,18 @@ class Int8(Moment):
         return None if weight.numel() >= self.least else f"it has fewer than {self.least} numbers"
 
     def zeros(self, like: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
-        rows, zero = -(-like.numel() // self.row), 128 if name == "exp_avg" else 0
+        rows, zero = -(-like.numel() // self.row), 128 if name in SIGNED else 0
         code = torch.full((rows, self.row), zero, dtype=torch.uint8, device=like.device)
         return code, torch.zeros(rows, 1, dtype=wide(like.dtype), device=like.device)
 
     def write(self, value: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
         rows = _rows(value, self.row)  # (N, 256)
-        if name == "exp_avg":
+        if name == "projector":
+            scale = rows.abs().amax(1, keepdim=True)  # (N, 1)
+            code = 128 + (rows * (127 / scale.clamp(min=1e-30))).round()
+        elif name == "exp_avg":
             size = rows.abs()
-            scale = size.amax(1, keepdim=True)  # (N, 1)
+            scale = size.amax(1, keepdim=True)
             code = (size * (127**2 / scale.clamp(min=1e-30))).sqrt().round()
             code = torch.where(rows < 0, 128 - code, 128 + code)
         else:
@@ -72,7 +77,9 @@ class Int8(Moment):
         dtype: torch.dtype,
     ) -> Tensor:
         code, scale = stored[0].to(dtype), stored[1]
-        if name == "exp_avg":
+        if name == "projector":
+            rows = (code - 128) * (scale * (1 / 127))
+        elif name == "exp_avg":
             code = code - 128
             rows = code * code.abs() * (scale * (1 / 127**2))
         else:

@@ -35,13 +35,15 @@ class Moment:
 
     parts: suffixes of the tensors that store one moment. row: if given, a weight whose size it
     divides is updated as a matrix of rows of that length, which `read` and `write` then get: one
-    compiled update serves all such weights. Instances with equal attributes are equal, and share
+    compiled update serves all such weights. projectors: also GaLore's projectors are stored in
+    this form, under the name "projector". Instances with equal attributes are equal, and share
     a compiled update.
     """
 
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ("",)
     row: ClassVar[int | None] = None
+    projectors: ClassVar[bool] = False
 
     def declines(self, weight: Tensor) -> str | None:
         """The reason not to use this format for the moments of a weight, or None."""

@@ -10,8 +10,9 @@ See `passes.update.galore` for the update, `gradients.range_finder` for the proj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch.fx import GraphModule
 
 from memrewrite.errors import UnsupportedError
 from memrewrite.gradients import range_finder, sketch
+from memrewrite.moments.moment import Moment
 from memrewrite.moments.optimizers import ADAM, ADAMW, Flags, Row, flags_of
-from memrewrite.moments.update import W, add_input
+from memrewrite.moments.stored import Held
+from memrewrite.moments.update import W, add_input, wide
 from memrewrite.session.session import Session
 from memrewrite.sites.options import GaLore
 from memrewrite.sites.sharded import is_sharded
@@ -30,7 +33,9 @@ from passes.base import Pass
 from passes.lower import lower_ir_ops
 from passes.update.accumulate import accumulate_in_place
 from passes.update.galore import Projection, project_updates
+from passes.update.store import store_moments
 
+PROJECTOR = "projector"  # key in a weight's state
 STALE = "projector_stale"  # key in a weight's state: 1 if its refresh failed, to be repeated
 
 
@@ -49,6 +54,7 @@ class ProjectedKind:
     decays: bool  # weight decay other than zero
     decoupled: bool
     given: bool = False  # the gradient is R already
+    moment: Moment | None = None  # in which the moments and P are stored
     dynamic = False
 
     @property
@@ -70,22 +76,89 @@ class ProjectedKind:
         rows, columns = self.shape[0], _columns(self.shape)
         return (self.rank, columns) if self.left else (rows, self.rank)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the moments of a state in full."""
+        return tuple(self.row.moments_of(self.flags))
+
+    @cached_property
+    def held(self) -> Held | None:
+        """The moments in their form, or None for moments in full."""
+        return self._held(self.names, self.state_shape)
+
+    @cached_property
+    def held_projector(self) -> Held | None:
+        """P in the form, or None for P in full."""
+        if self.moment is None or not self.moment.projectors:
+            return None
+        return self._held((PROJECTOR,), (self.side, self.rank))
+
+    def _held(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Held | None:
+        if self.moment is None or self.moment.declines(torch.empty(shape, device="meta")):
+            return None
+        return Held(self.moment, names, shape, self.dtype)
+
     def zeros(self, weight: Tensor) -> dict[str, Tensor]:
-        how: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        names = self.row.moments_of(self.flags)
-        moments = {name: torch.zeros(self.state_shape, **how) for name in names}
-        return {**moments, "projector": torch.eye(self.side, self.rank, **how)}
+        how: dict[str, Any] = {"dtype": self.dtype, "device": weight.device}
+        if self.held is not None:
+            moments = self.held.zeros(weight.device)
+        else:
+            moments = {name: torch.zeros(self.state_shape, **how) for name in self.names}
+        return moments | self.stored_projector(torch.eye(self.side, self.rank, **how))
+
+    def stored_projector(self, p: Tensor) -> dict[str, Tensor]:
+        """The entries of a state for a P (side, r)."""
+        return (
+            {PROJECTOR: p}
+            if self.held_projector is None
+            else self.held_projector.store({PROJECTOR: p})
+        )
+
+    def projector(self, state: Mapping[str, Tensor]) -> Tensor:
+        """P (side, r), in the dtype of the weight."""
+        held = self.held_projector
+        return state[PROJECTOR] if held is None else held.whole(state)[PROJECTOR].to(self.dtype)
+
+    def inputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inputs of the update after the gradient: moments and P, as they are stored."""
+        moments = (
+            [state[name] for name in self.names] if self.held is None else self.held.inputs(state)
+        )
+        held = self.held_projector
+        return moments + ([state[PROJECTOR]] if held is None else held.inputs(state))
 
     def rewrite(self, gm: GraphModule) -> list[Pass]:
         """The projecting passes; P (side, r) becomes an input after `step`."""
-        at = add_input(gm, "projector", (self.side, self.rank))
+        at = add_input(gm, PROJECTOR, (self.side, self.rank))
         projection = Projection(at, self.left, self.scale, self.given)
-        lowering = [*self.row.lowering, lower_ir_ops(), accumulate_in_place()]
+        held = {} if self.held is None else self.held.forms()
+        if self.held_projector is not None:
+            held |= self.held_projector.forms(at)
+        key = (self.moment, self.state_shape, self.rank, self.dtype)
+        store = [store_moments(held, wide(self.dtype), key)] if held else []
+        lowering = [*self.row.lowering, *store, lower_ir_ops(), accumulate_in_place()]
         return [*self.row.inputs, project_updates({W: projection}), *lowering]
 
 
 def _columns(shape: Sequence[int]) -> int:
     return torch.Size(shape[1:]).numel()
+
+
+def projected_bytes(site: Site, count: int, moment: Moment | None = None) -> int:
+    """Bytes of a projected weight's state, of `count` moments and P."""
+    weight = site.weight.parameter
+    side, other = site.weight.shape[0], _columns(site.weight.shape)
+    side, other = (side, other) if site.left else (other, side)
+
+    def taken(shape: tuple[int, ...], names: Sequence[str], stored: bool) -> int:
+        like = torch.empty(shape, dtype=weight.dtype, device="meta")
+        if moment is None or not stored or moment.declines(like):
+            return len(names) * like.nbytes
+        return moment.bytes_of(like, names)
+
+    moments = taken((site.rank, other), list(ADAM.moments)[:count], stored=True)
+    projects = moment is not None and moment.projectors
+    return moments + taken((side, site.rank), [PROJECTOR], stored=projects)
 
 
 @dataclass
@@ -129,8 +202,10 @@ class Target:
         if self.known is None or flags != self.flags:
             site = self.site
             kind = tuple(p.shape), p.dtype, p.device, site.rank, site.left, self.galore.scale
-            decay = how.decays, how.decoupled
-            self.known = ProjectedKind(*kind, how.amsgrad, how.maximize, *decay)
+            given = how.amsgrad, how.maximize, how.decays, how.decoupled
+            # Backward reads P in full, and a sketch the first moment.
+            moment = None if self.pushed else self.session.moments
+            self.known = ProjectedKind(*kind, *given, moment=moment)
             self.flags, self.checked = flags, None
         return self.known
 
@@ -150,18 +225,23 @@ def check_target(target: Target) -> None:
     )
 
 
-def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> None:
-    """Raise ValueError for state of another configuration."""
-    found = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-    if "projector" not in found:
+def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> bool:
+    """Raise ValueError for state of another configuration; of moments in full, store them.
+
+    Returns whether any was in full.
+    """
+    found = _shapes(state)
+    if PROJECTOR not in found:
         raise ValueError(
             f"the optimizer's state of {target.name} {kind.shape} is full-size Adam state "
             f"{found}, but GaLore projects it to rank {kind.rank}: load a checkpoint of a "
             "projected run, start with a new optimizer, or compile without galore_rank"
         )
-    expected = dict.fromkeys(kind.row.moments_of(kind.flags), kind.state_shape)
-    expected["projector"] = (kind.side, kind.rank)
-    if state["exp_avg"].dtype != kind.dtype:
+    stored = [held for held in (kind.held, kind.held_projector) if held is not None]
+    full = [held.take_over(state, f"{target.name} {kind.shape}") for held in stored]
+    found = _shapes(state)
+    expected = _shapes(kind.zeros(torch.empty(0, device="meta")))
+    if kind.held is None and state["exp_avg"].dtype != kind.dtype:
         raise ValueError(
             f"the optimizer's state of {target.name} is {state['exp_avg'].dtype}, but the weight "
             f"is {kind.dtype} now: convert the model before its optimizer takes a step, or "
@@ -174,6 +254,11 @@ def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> N
             f"{kind.rank} needs {expected}: compile with the galore options (and amsgrad) of "
             "the run that saved it, or start with a new optimizer"
         )
+    return any(full)
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
 
 
 def is_stale(state: dict[str, Any]) -> bool:
@@ -208,9 +293,9 @@ def refresh_if_due(
     """
     galore, fresh = target.galore, not state
     done = prepare(state, kind, grad, group["capturable"])
-    old = None if fresh else state["projector"]
     if not (fresh or target.is_due(done) or is_stale(state)):
         return None
+    old = None if fresh else kind.projector(state)
     new = range_finder.refresh(grad, old, kind.rank, kind.left, galore.refresh, seed=done)
     mark_stale(state, isinstance(new, str))
     if isinstance(new, str):
@@ -234,9 +319,11 @@ def take(
     if target.galore.moments == "rotate" and done:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**done, 1 - beta2**done
-        old = state["projector"]
-        range_finder.rotate_moments(state, new.projector, old, kind.left, bias1, bias2)
-    state["projector"] = new.projector
+        old, held = kind.projector(state), kind.held
+        moments = state if held is None else held.whole(state)
+        range_finder.rotate_moments(moments, new.projector, old, kind.left, bias1, bias2)
+        state.update({} if held is None else held.store(moments))
+    state.update(kind.stored_projector(new.projector))
     target.refreshed, target.energy = done + 1, new.energy
 
 

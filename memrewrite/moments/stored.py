@@ -71,10 +71,10 @@ class Held:
             found.append(kept if same else same_storage(kept, shape, dtype))
         return found
 
-    def forms(self) -> dict[int, Form]:
+    def forms(self, first: int = FIRST) -> dict[int, Form]:
         """The form of each moment of a captured update, by its argument position."""
         return {
-            FIRST + i: Form(self.moment.name, *_functions(self.moment, name))
+            first + i: Form(self.moment.name, *_functions(self.moment, name))
             for i, name in enumerate(self.names)
         }
 
@@ -118,6 +118,11 @@ class Held:
         zeros = (_packed(self.moment.zeros(like, name=name)) for name in self.names)
         parts = [part for stored in zeros for part in stored]
         return {key: part.dtype for key, part in zip(self.keys, parts, strict=True)}
+
+
+def stored_from_here(moment: Moment, what: str) -> str:
+    """The message where `take_over` found moments in full."""
+    return f"the optimizer held moments of {what} in full: they are stored as {moment.name!r} now"
 
 
 def _packed(stored: Any) -> tuple[Tensor, ...]:

@@ -223,10 +223,9 @@ def _update_one(
         failure = refresh_if_due(target, kind, state, grad, group)
     update = update_of(kind if r is None else given(kind), target.session)
     weight = gathered(target.parameter.detach())
-    tensors = [weight, grad if r is None else r.contiguous()]
-    tensors += [state[name] for name in kind.row.moments_of(kind.flags)]
+    gradient = grad if r is None else r.contiguous()
     numbers = numbers_of(update, state["step"], group, shared)
-    update.apply([*tensors, state["projector"]], numbers)
+    update.apply([weight, gradient, *kind.inputs(state)], numbers)
     keep_shard(target.parameter, weight)
     if target.pushed:
         announce(target, kind, state)

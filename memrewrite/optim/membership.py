@@ -16,7 +16,8 @@ from memrewrite.methods.vectors import Vectors
 from memrewrite.methods.velora import SubTokens, wide
 from memrewrite.moments.moment import stores
 from memrewrite.moments.optimizers import ADAM, row_of
-from memrewrite.moments.projected import Target, check_state, check_target
+from memrewrite.moments.projected import PROJECTOR, Target, check_state, check_target
+from memrewrite.moments.stored import stored_from_here
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
 from memrewrite.session.session import Session, live_sessions
@@ -213,11 +214,12 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
             check_target(target)
             kind = target.kind(group)
             if state and state.get("exp_avg") is not target.checked:
-                check_state(target, kind, state)
-        elif isinstance(state, dict) and isinstance(state.get("projector"), Tensor):
+                if check_state(target, kind, state) and kind.moment is not None:
+                    attachment.warn_once("stored", stored_from_here(kind.moment, target.name))
+        elif isinstance(state, dict) and isinstance(state.get(PROJECTOR), Tensor):
             raise ValueError(
                 f"the optimizer holds projected state for a parameter of shape "
-                f"{tuple(parameter.shape)} (rank {state['projector'].shape[-1]}) that is not "
+                f"{tuple(parameter.shape)} that is not "
                 "projected now: compile the model with the galore options of the run that "
                 "saved it, or start with a new optimizer"
             )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from memrewrite.gradients.gradient import ProjectedGrad
 from memrewrite.moments.optimizers import flags_of, row_of
-from memrewrite.moments.stored import Held, StoredKind
+from memrewrite.moments.stored import Held, StoredKind, stored_from_here
 from memrewrite.moments.update import EXAMPLE, rows_of
 from memrewrite.optim.attachment import Attachment, numbers_of, update_of
 from memrewrite.session.session import Session
@@ -78,11 +78,7 @@ def _prepare(
     elif state.get(first) is not attachment.checked.get(parameter):
         what = f"a weight {tuple(parameter.shape)}"
         if held.take_over(state, what):
-            attachment.warn_once(
-                "stored",
-                f"the optimizer held full-size moments of {what}: they are stored as "
-                f"{held.moment.name!r} from here on",
-            )
+            attachment.warn_once("stored", stored_from_here(held.moment, what))
     attachment.checked[parameter] = state[first]
     if state["step"].device.type != "cpu" and not capturable:
         state["step"] = state["step"].cpu()  # load_state_dict moves it for fused=True

@@ -1,7 +1,7 @@
 """Bytes of an optimizer's state, and of the temporaries of its step and of a refresh.
 
 Adam and AdamW keep two moments of each trained parameter, three with amsgrad; SGD with momentum
-one. A projected weight keeps `sites.eligible.projected_numbers`; a weight with a small gradient
+one. A projected weight keeps `moments.projected.projected_bytes`; a weight with a small gradient
 keeps only moments of its coordinates.
 """
 
@@ -19,7 +19,8 @@ from memrewrite.errors import UnsupportedError
 from memrewrite.gradients.range_finder import OVERSAMPLING
 from memrewrite.moments.moment import Moment, stores
 from memrewrite.moments.optimizers import ADAM
-from memrewrite.sites.eligible import projected_numbers, sites_of
+from memrewrite.moments.projected import projected_bytes
+from memrewrite.sites.eligible import sites_of
 from memrewrite.sites.options import GaLore
 from memrewrite.sites.weights import Site
 
@@ -57,7 +58,7 @@ def state_of(
     small: parameter with a small VeLoRA gradient -> bytes of that, and of its v, which is in the
         state too.
     pushed: parameters whose gradient is in the projector's coordinates.
-    moments: the storage format of all other parameters' moments.
+    moments: the storage format of the moments of parameters that are in neither.
     Raises UnsupportedError for an optimizer whose state is not known.
     """
     if optimizer is None:
@@ -87,7 +88,7 @@ def state_of(
     taken = {site.weight.parameter for site in sites} | small.keys()
     rest = [p for p in trained if p not in taken]
     state = sum(_stored(p, count, moments) for p in rest)
-    state += sum(_projected(s, count) for s in sites)
+    state += sum(projected_bytes(s, count, _form(s, moments, pushed)) for s in sites)
     state += sum(count * small[p][0] + small[p][1] for p in factored)
     given = [s for s in sites if s.weight.parameter in pushed]
     others = [s for s in sites if s.weight.parameter not in pushed]
@@ -119,10 +120,9 @@ def _temporaries(parameters: Sequence[Tensor], group: dict[str, Any]) -> int:
     return 3 * max(sizes, default=0)
 
 
-def _projected(site: Site, moments: int) -> int:
-    parameter = site.weight.parameter
-    numbers = projected_numbers(site.weight.shape, site.rank, site.left, moments)
-    return numbers * parameter.element_size()
+def _form(site: Site, moments: Moment | None, pushed: Set[Tensor]) -> Moment | None:
+    """The form of a projected weight's moments: none where backward returns its coordinates."""
+    return None if site.weight.parameter in pushed else moments
 
 
 def _update(site: Site) -> int:

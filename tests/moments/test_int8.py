@@ -95,7 +95,7 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
-        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(80, 32, generator=torch.Generator().manual_seed(step))
         model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -190,7 +190,7 @@ def test_state_takes_a_quarter_and_begins_from_adams_own() -> None:
         steps.step(), steps.zero_grad()
     memrewrite.compile(model, moments="int8", backend="aot_eager")
     model(x).square().mean().backward()
-    with pytest.warns(memrewrite.MemrewriteWarning, match="full-size moments of a weight"):
+    with pytest.warns(memrewrite.MemrewriteWarning, match="in full: they are stored as"):
         optimizer.step()
     state = optimizer.state[model.weight]
     taken = sum(t.nbytes for t in state.values() if t.ndim)
@@ -199,3 +199,55 @@ def test_state_takes_a_quarter_and_begins_from_adams_own() -> None:
     assert optimizer.state[model.bias]["exp_avg"].dtype == torch.float32  # too small to gain
     predicted = memrewrite.estimate(model, x, optimizer=optimizer).rewritten.optimizer_state
     assert predicted == taken + 2 * model.bias.nbytes
+
+
+# --- GaLore in 8 bits -----------------------------------------------------------------------------
+
+
+def projected(form: Any, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = net()
+    galore = memrewrite.GaLore(8, update_every=3, **options)
+    memrewrite.compile(model, galore=galore, moments=form, backend="aot_eager")
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("how", ["keep", "rotate"])
+def test_galore_in_8_bits_is_near_galore_and_goes_on_bit_by_bit(how: Any, tmp_path: Any) -> None:
+    start = net()
+    (plain, first), (model, optimizer) = (projected(form, moments=how) for form in (None, FORM))
+    for one, steps in ((plain, first), (model, optimizer)):
+        train(one, steps, range(4))
+    for p, q, w in zip(*(m.parameters() for m in (model, plain, start)), strict=True):
+        assert 0 < (p - q).norm() < 0.1 * (q - w).norm()
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "c.pt")
+    train(model, optimizer, range(4, 8))
+    resumed, other = projected(FORM, moments=how)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    resumed.load_state_dict(state[0]), other.load_state_dict(state[1])
+    train(resumed, other, range(4, 8))
+    assert all(map(torch.equal, resumed.parameters(), model.parameters()))
+
+
+def test_galore_in_8_bits_takes_what_is_predicted_and_begins_from_galores_own() -> None:
+    plain, first = projected(None)
+    train(plain, first, range(2))
+    model, optimizer = projected(FORM)
+    x = torch.randn(5, 32)
+    predicted = memrewrite.estimate(model, x, optimizer=optimizer).rewritten.optimizer_state
+    optimizer.load_state_dict(first.state_dict())
+    with pytest.warns(memrewrite.MemrewriteWarning, match="in full: they are stored as"):
+        train(model, optimizer, range(2, 4))
+    taken = {k: t for s in optimizer.state.values() for k, t in s.items() if t.ndim}
+    assert {t.dtype for k, t in taken.items() if "scale" not in k} == {torch.uint8}
+    held = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    rows = memrewrite.report(model).optimizer
+    assert held == predicted == sum(row.bytes_after for row in rows)
+
+
+def test_coordinates_of_backward_keep_their_moments() -> None:
+    model, optimizer = projected(FORM, gradients="coordinates")
+    predicted = memrewrite.estimate(model, torch.randn(5, 32), optimizer=optimizer)
+    train(model, optimizer, range(4))
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float32
+    held = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert predicted.rewritten.optimizer_state == held
