@@ -14,6 +14,7 @@ from memrewrite.inspect.report import report as report
 from memrewrite.inspect.saved import SavedTensor as SavedTensor
 from memrewrite.inspect.saved import saved_tensors as saved_tensors
 from memrewrite.methods.compressor import Compressor as Compressor
+from memrewrite.methods.rounded import Rounded as Rounded
 from memrewrite.moments.moment import Moment as Moment
 from memrewrite.predict.estimate import Estimate as Estimate
 from memrewrite.predict.estimate import estimate as estimate

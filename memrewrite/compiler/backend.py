@@ -136,6 +136,7 @@ def _split_joint(
         kwargs["static_lifetime_input_indices"] = places_of(gm.graph, request.free)
     patches: dict[str, bool | float]
     state, patches = _current.get() or Compile(), {"aggressive_recomputation": True}
+    state.table = _decompositions()
     if (budget := functorch_config.activation_memory_budget) != 1.0:
         state.freed, state.spare = 0.0, 0.0  # the user's budget decides what is recomputed
         none = budget == 0 and any(map(is_random, gm.graph.nodes))

@@ -32,14 +32,16 @@ from memrewrite.compiler.sizes import hint, symbols
 from memrewrite.errors import MemrewriteWarning
 from memrewrite.methods.method import iterate
 from memrewrite.methods.request import Request
-from memrewrite.record.decision import GraphRecord
+from memrewrite.record.decision import GraphRecord, RoundedRecord
 from memrewrite.record.listing import listing
 from passes import chunked_rows
 from passes.base import Pass, copy_graph, stands_for, storage_root, tensor_bytes
+from passes.emit import Decompositions
 from passes.joint.compress import release
 from passes.joint.find import WeightGradient, shared_inputs, weight_gradients
 from passes.split.late import is_random, recompute_late
 from passes.split.recompute import all_operations, choose_recomputes
+from passes.split.rounded import Decision, round_saved
 from passes.split.saved import Kept, exclusive_inputs, kept_for_backward
 from passes.split.sums import keep_sums
 
@@ -77,6 +79,7 @@ class Compile:
     groups: list[list[WeightGradient]] = field(default_factory=list)
     freed: float = 0.0  # operations that folding and pushing saved
     spare: float = SPARE_SHARE
+    table: Decompositions = field(default_factory=dict)  # with which AOTAutograd traces
 
 
 def rewrite(gm: GraphModule, request: Request, todo: list[Pass], state: Compile) -> None:
@@ -132,10 +135,13 @@ def divide(
     _never_recompute_costly(gm.graph)
     forward, backward = _pinned_where_it_pays(gm, free, outputs, exact_first)
     _release(forward, backward)
-    _keep_less(forward, backward, outputs)
+    rounded = _keep_less(forward, backward, outputs, request, state.table)
     if record is not None and before is not None:
         after = kept_for_backward(forward.graph, outputs, free)
         settle(record, state.groups, before, after, backward.graph)
+        record.rounded = [
+            RoundedRecord(d.name, d.reason, hint(d.before), hint(d.after)) for d in rounded
+        ]
         record.kept = kept_records(forward.graph, backward.graph, outputs, free)
         remember(record, "after", (forward.graph, backward.graph), outputs, free)
         record.show("forward", listing(forward.graph))
@@ -156,18 +162,34 @@ def _release(*split: GraphModule) -> None:
             gm.recompile()
 
 
-def _keep_less(forward: GraphModule, backward: GraphModule, outputs: int) -> None:
+def _keep_less(
+    forward: GraphModule,
+    backward: GraphModule,
+    outputs: int,
+    request: Request,
+    table: Decompositions,
+) -> list[Decision]:
     """Run the passes of `passes.split` on copies; if one fails, both graphs stay unchanged."""
     first, second = copy_graph(forward.graph), copy_graph(backward.graph)
+    rounded: list[Decision] = []
     try:
-        changed = [*keep_sums(first, second, outputs, hint), *recompute_late(second)]
-    except Exception:
-        log.exception("keep_sums or recompute_late failed; the partition stays unchanged")
-        return
+        changed = keep_sums(first, second, outputs, hint)
+        if request.rounding is not None:
+            how = request.rounding
+            rounded = round_saved(first, second, outputs, how, request.free, table)
+        changed += [one.name for one in rounded if not one.reason]
+        changed += recompute_late(second)
+    except Exception as error:
+        log.exception("a pass of passes.split failed; the partition stays unchanged")
+        if request.rounding is not None:  # it was asked for
+            message = f"memrewrite rounds nothing that this graph saves: {error}"
+            warnings.warn(message, MemrewriteWarning, stacklevel=2)
+        return []
     if changed:
         forward.graph, backward.graph = first, second
         forward.recompile()
         backward.recompile()
+    return rounded
 
 
 def _pinned_where_it_pays(gm: GraphModule, free: Collection[int], outputs: int, cut: Cut) -> Split:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from memrewrite.methods.method import Method, method_of
 from memrewrite.methods.projection import Projection
+from memrewrite.methods.rounded import Rounded as Rounded
 from memrewrite.methods.velora import SubTokens
 from memrewrite.sites.options import GaLore, VeLoRA
 

@@ -28,6 +28,7 @@ from memrewrite.sites.weights import Site, Weight
 from passes.base import Pass
 from passes.emit import Decompositions
 from passes.joint.find import WeightGradient
+from passes.split.rounded import Rounding
 
 Chosen = dict[nn.Parameter, Site]
 
@@ -176,6 +177,7 @@ class Method:
     factors: ClassVar[bool] = False  # Adam's moments may be of the small gradient, exactly
     narrows: bool = False  # also the gradient of a head whose loss runs in chunks
     small: bool = False  # gradients may be returned in a small form
+    rounding: Rounding | None = None  # of what the forward saves, whatever the weights
     forms: ClassVar[Sequence[bool | None]] = (None,)  # values of `form` in `ask`
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import passes
 from memrewrite.methods.method import Ask, Method, Task
+from passes.split.rounded import Rounding
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Request:
     weights: tuple[int, ...]  # positions of parameters
     buffers: tuple[int, ...]  # positions of the model's buffers
     tasks: tuple[Task, ...] = ()
+    rounding: Rounding | None = None
     may_be_absent: bool = True  # tangents may be undefined; a CUDA graph cannot branch on it
 
     @property
@@ -45,7 +47,8 @@ def make_request(
         if asks:
             tasks.append(Task(method, method.key, tuple(asks), arguments))
             arguments += tasks[-1].inputs
-    return Request(tuple(parameters), tuple(buffers), tuple(tasks), may_be_absent)
+    rounding = next((m.rounding for m, _ in asked if m.rounding is not None), None)
+    return Request(tuple(parameters), tuple(buffers), tuple(tasks), rounding, may_be_absent)
 
 
 def extra_inputs(request: Request) -> list[tuple[str, Tensor]]:

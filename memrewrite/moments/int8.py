@@ -23,6 +23,7 @@ from torch import Tensor
 
 from memrewrite.moments.moment import MOMENTS, Moment
 from memrewrite.moments.update import wide
+from passes.noise import noise
 
 LEAST = 4096  # as in bitsandbytes
 SIGNED = ("exp_avg", "projector")
@@ -64,7 +65,7 @@ class Int8(Moment):
         else:
             scale = rows.amax(1, keepdim=True)
             code = (rows.sqrt() * (255**2 / scale.clamp(min=1e-37).sqrt())).sqrt()
-            code = (code + _uniform(rows)).floor()
+            code = (code + noise(rows)).floor()
             code = torch.where(rows > 0, code.clamp(1, 255), 0)
         return code.to(torch.uint8), scale
 
@@ -96,13 +97,6 @@ def _rows(value: Tensor, size: int) -> Tensor:
         return value
     flat = value.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
-
-
-def _uniform(value: Tensor) -> Tensor:
-    """A number in [0, 1) for each value, a hash of its bits."""
-    bits = value.to(torch.float32).view(torch.int32)
-    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
-    return ((bits ^ (bits >> 16)) & 0xFFFF).to(value.dtype) * (1 / 65536)
 
 
 MOMENTS[Int8.name] = Int8

@@ -122,7 +122,8 @@ class Held:
 
 def stored_from_here(moment: Moment, what: str) -> str:
     """The message where `take_over` found moments in full."""
-    return f"the optimizer held moments of {what} in full: they are stored as {moment.name!r} now"
+    form = f"they are stored as {moment.name!r} from here on"
+    return f"the optimizer held moments of {what} in full: {form}"
 
 
 def _packed(stored: Any) -> tuple[Tensor, ...]:

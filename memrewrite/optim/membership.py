@@ -16,7 +16,7 @@ from memrewrite.methods.vectors import Vectors
 from memrewrite.methods.velora import SubTokens, wide
 from memrewrite.moments.moment import stores
 from memrewrite.moments.optimizers import ADAM, row_of
-from memrewrite.moments.projected import PROJECTOR, Target, check_state, check_target
+from memrewrite.moments.projected import PROJECTOR, STALE, Target, check_state, check_target
 from memrewrite.moments.stored import stored_from_here
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
@@ -217,11 +217,12 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
                 if check_state(target, kind, state) and kind.moment is not None:
                     attachment.warn_once("stored", stored_from_here(kind.moment, target.name))
         elif isinstance(state, dict) and isinstance(state.get(PROJECTOR), Tensor):
+            parts = [k for k in state if k.startswith(PROJECTOR) and k not in (PROJECTOR, STALE)]
+            rank = "in parts" if parts else f"rank {state[PROJECTOR].shape[-1]}"
             raise ValueError(
                 f"the optimizer holds projected state for a parameter of shape "
-                f"{tuple(parameter.shape)} that is not "
-                "projected now: compile the model with the galore options of the run that "
-                "saved it, or start with a new optimizer"
+                f"{tuple(parameter.shape)} ({rank}) that is not projected now: compile the model "
+                "with the galore options of the run that saved it, or start with a new optimizer"
             )
         elif isinstance(state, dict) and parameter not in attachment.stored:
             _check_stored_by_nobody(parameter, state)

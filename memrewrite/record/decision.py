@@ -74,6 +74,16 @@ class KeptRecord:
 
 
 @dataclass
+class RoundedRecord:
+    """One saved tensor of floats, where rounding is asked for; reason: why it is exact, or ""."""
+
+    name: str
+    reason: str
+    before: int  # bytes
+    after: int
+
+
+@dataclass
 class Culprit:
     """A buffer that is live at the peak."""
 
@@ -112,6 +122,7 @@ class GraphRecord:
     inference: bool = False
     inputs: list[InputRecord] = field(default_factory=list)
     kept: list[KeptRecord] = field(default_factory=list)
+    rounded: list[RoundedRecord] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
     # Method -> weights whose whole gradient has its small form; those that return only that form.
     whole: dict[str, list[int]] = field(default_factory=dict)
@@ -156,11 +167,12 @@ class GraphRecord:
             inputs = [InputRecord.from_json(item) for item in data["inputs"]]
             kept = [KeptRecord(**item) for item in data["kept"]]
             refused = {int(weight): reason for weight, reason in data["refused"].items()}
+            rounded = [RoundedRecord(**item) for item in data["rounded"]]
             absent = {int(output): size for output, size in data["absent"].items()}
             stages = [(stage, packed) for stage, packed in data["stages"]]
             memory = {k: MemoryRecord.from_json(v) for k, v in data["memory"].items()}
             read: dict[str, Any] = {"inputs": inputs, "kept": kept, "refused": refused}
-            read["absent"] = absent
+            read |= {"absent": absent, "rounded": rounded}
             read |= {"stages": stages, "memory": memory}
             return cls(**{**data, **read})
         except (OSError, ValueError, TypeError, KeyError):
