@@ -66,7 +66,7 @@ def compile(
         small gradients, and of backward's coordinates, stay as they are.
     loss_chunks: the head and its cross entropy run in chunks of rows, exactly, and the logits
         that the model returns are computed when something reads their values. "auto": where
-        the logits are more than two chunks of 32 MiB; a number: always; False: never.
+        the logits take 16 MiB and at least two chunks; a number: always; False: never.
     mode, options, dynamic, fullgraph, disable: as in torch.compile.
     backend: "inductor", or "aot_eager" to run the rewritten graphs without code generation.
 

@@ -48,9 +48,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-# Where the number of chunks is not given: bytes of a chunk's logits, and its least number of rows,
-# as matmuls of few rows are slow.
-CHUNK_BYTES, LEAST_ROWS = 2**25, 64
+# Where the number of chunks is not given: bytes of a chunk's logits, and its rows. Matmuls of
+# fewer rows are slow, those of more no faster.
+CHUNK_BYTES, LEAST_ROWS, MOST_ROWS = 2**25, 64, 512
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -63,7 +63,7 @@ def rows_of_chunk(rows: int, vocabulary: int, itemsize: int, chunks: int) -> int
 
 def rows_by_bytes(row: int) -> int:
     """Rows per chunk of logits that take `row` bytes a row."""
-    return max(LEAST_ROWS, CHUNK_BYTES // row)
+    return max(LEAST_ROWS, min(MOST_ROWS, CHUNK_BYTES // row))
 
 
 def workspace_of(node: Node) -> Any:

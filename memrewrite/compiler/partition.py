@@ -140,7 +140,7 @@ def divide(
         after = kept_for_backward(forward.graph, outputs, free)
         settle(record, state.groups, before, after, backward.graph)
         record.rounded = [
-            RoundedRecord(d.name, d.reason, hint(d.before), hint(d.after)) for d in rounded
+            RoundedRecord(d.name, d.bits, d.reason, hint(d.before), hint(d.after)) for d in rounded
         ]
         record.kept = kept_records(forward.graph, backward.graph, outputs, free)
         remember(record, "after", (forward.graph, backward.graph), outputs, free)

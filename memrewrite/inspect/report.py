@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from memrewrite.inspect.optimizer_report import (
 )
 from memrewrite.inspect.reasons import Reading, asked_of, readings_of, reason_of
 from memrewrite.parallel.wrapped import inner
-from memrewrite.record.decision import GraphRecord
+from memrewrite.record.decision import GraphRecord, RoundedRecord
 from memrewrite.session.graph import Binding
 from memrewrite.session.session import Session, known_session, parts_of
 from memrewrite.sites.weights import Weight, candidates
@@ -233,6 +234,22 @@ def _state_totals(rows: tuple[OptimizerRow, ...]) -> dict[str, int]:
     }
 
 
+def _rounded(records: Sequence[RoundedRecord]) -> str:
+    """A line on saved tensors in few bits, and one for each reason why others are exact."""
+    if not records:
+        return ""
+    done = [one for one in records if one.bits is not None]
+    before, after = (sum(getattr(one, when) for one in done) for when in ("before", "after"))
+    counts = Counter(one.bits for one in done)
+    bits = ", ".join(f"{n} in {b} bits" for b, n in sorted(counts.items(), key=str))
+    line = f"\nrounded: {len(done)} saved tensors, {before:,} bytes -> {after:,} ({bits or 'none'})"
+    reasons = Counter(one.reason for one in records if one.bits is None)
+    exact = Counter[str]()
+    for one in records:
+        exact[one.reason] += one.before if one.bits is None else 0
+    return line + "".join(f"\nexact: {n} of {exact[r]:,} bytes, as {r}" for r, n in reasons.items())
+
+
 def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
     before, after = totals["saved_bytes_before"], totals["saved_bytes_after"]
     line = (
@@ -247,6 +264,7 @@ def _summary(totals: dict[str, Any], graphs: list[Binding]) -> str:
             f"{totals['absent_bytes']:,} bytes of zeros"
         )
     variants = dict.fromkeys(graph.variant for graph in graphs)
+    line += _rounded([one for v in variants for one in v.record.rounded])
     chunked = [v.chunked for v in variants if v.chunked and v.chunked.told]
     told = (f"\n{c.told}{' (in neither total)' if c.head else ''}" for c in chunked)
     line += "".join(dict.fromkeys(told))

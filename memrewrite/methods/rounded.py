@@ -45,7 +45,7 @@ class Rounded(Method):
 
     @property
     def kept(self) -> str:  # type: ignore[override]
-        return f"x in {self.bits} bits"
+        return "rounded x"
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -75,10 +75,11 @@ class KeptRecord:
 
 @dataclass
 class RoundedRecord:
-    """One saved tensor of floats, where rounding is asked for; reason: why it is exact, or ""."""
+    """One large saved tensor of floats, where rounding is asked for."""
 
     name: str
-    reason: str
+    bits: int | None
+    reason: str  # why it is exact, or ""
     before: int  # bytes
     after: int
 
@@ -137,6 +138,13 @@ class GraphRecord:
     failure: str = ""  # why the rewrite was undone, if it was
     passes: list[dict[str, Any]] = field(default_factory=list)
     stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
+
+    def nothing_rounded(self) -> str:
+        """Why no saved tensor is in few bits; "" if any is, or the graph does not train."""
+        if self.inference or any(one.bits is not None for one in self.rounded):
+            return ""
+        reasons = dict.fromkeys(one.reason for one in self.rounded)
+        return "; ".join(reasons) or "no saved tensor of floats is large enough (16384 numbers)"
 
     def show(self, stage: str, text: str) -> None:
         """Keep a graph's listing, compressed to about a sixth."""

@@ -31,6 +31,7 @@ from memrewrite.session.choice import Choice, Part, choose
 from passes.chunked_loss import rows_by_bytes, rows_of_chunk
 
 _running: ContextVar[Binding | None] = ContextVar("memrewrite_running", default=None)
+LEAST_BYTES = 2**24  # of logits that are worth chunks
 Asked = list[tuple[Part, list[Ask]]]
 
 
@@ -250,6 +251,8 @@ class Graph:
         compiled, record = capture(gm, args, request, self.setting.engine)
         known = {w for entry in record.inputs for w in (*entry.weights, *entry.exact_weights)}
         record.refused |= dict.fromkeys([w for w in chunked.head if w not in known], IN_CHUNKS)
+        if request.rounding is not None and (why := record.nothing_rounded()):
+            warn(f"activations={request.rounding.name!r} rounds nothing in a graph: {why}")
         compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed, chunked)
 
@@ -292,9 +295,9 @@ def _too_small(head: Head) -> str | None:
     """Why chunks do not pay, or None: one of them is alive at a time."""
     rows, vocabulary = map(hint, head.logits.shape)
     row = vocabulary * head.logits.dtype.itemsize
-    if rows >= 2 * rows_by_bytes(row):
+    if rows * row >= LEAST_BYTES and rows >= 2 * rows_by_bytes(row):
         return None
-    return f"the logits take {rows * row / 1e6:.1f} MB, less than two chunks"
+    return f"the logits take {rows * row / 1e6:.1f} MB, less than two chunks or 16 MiB"
 
 
 def _rounds(engine: Engine) -> bool:

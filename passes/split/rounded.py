@@ -1,4 +1,4 @@
-"""Save activations in few bits, where what reads them allows it.   [approximate]
+"""Save activations in few bits, as what reads them allows.   [approximate]
 
     before                                    after
     forward:  x, saved (..., D)               forward:  x --> round --> codes (..., D), scales
@@ -7,12 +7,15 @@
 Identity: none; x^ is x with each group of g channels rounded to 2^b - 1 levels of its largest
 value. The forward is exact. An error of x^ passes on as its readers do:
 
-    matmuls of weight gradients only      into their gradients alone: rounded at random, so that
-                                          the mean of the gradients is exact
-    pointwise operations, reductions      (SiLU, GELU, norms) of the order of the error
-    exp(x - y)                            of logits and their logsumexp: times e; stays exact
-    anything else                         attention reads q, k and v beside their exact
-                                          log-sum-exp, with which rounded ones disagree: exact
+    matmuls alone                    into weight gradients: b bits, rounded up or down at random,
+                                     so that the mean of the gradients is exact
+    products                         of the order of the error: b bits for a matmul's output, else 8
+    pointwise operations, sums       (SiLU, GELU, norms) likewise: 8 bits
+    exp(x - y), attention, others    q and k are read beside their log-sum-exp, logits beside
+                                     theirs, of which an error of e makes a factor of exp(e): 16
+                                     bits in float32, else exact; where b is 4, v and the output of
+                                     attention, which is linear in them, 8
+    comparisons                      exact: a gradient may change to another branch
 
 x^ is restored beside each reader, so that none is held. Source: group-wise rounding as in ActNN
 (Chen et al. 2021, arXiv:2104.14129); the rule by readers: measured, docs/design.md.
@@ -20,7 +23,7 @@ x^ is restored beside each reader, so that none is held. Source: group-wise roun
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,22 +31,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.nn import functional as F
 
-from passes.base import CASTS, StandsFor, aten, base_of, stands_for, storage_root, tensor_bytes
+from passes.base import (
+    CASTS,
+    OTHER_VALUES,
+    StandsFor,
+    aten,
+    base_of,
+    call,
+    operand,
+    stands_for,
+    storage_root,
+    tensor_bytes,
+)
 from passes.emit import NONE, Decompositions, emit, provenance_of
-from passes.noise import noise
+from passes.split.groups import Groups
 from passes.split.recompute import MATMULS
 from passes.split.saved import kept_for_backward, readers
 
 LEAST = 2**14  # numbers below which a tensor is not worth two kernels
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default}
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "sign", "floor", "ceil", "round", "trunc"}
+UNCHECKED = "saved_tensor_with_no_vc_check"  # AOTAutograd's mark: such tensors are saved last
+NOTES = ("desc", "output_stack_traces")  # in the meta of an output node, one for each output
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """bits: 8 or 4. group: channels that share a scale. random: of what weight gradients read."""
+    """bits: 8 or 4. group: numbers that share a scale. random: of what weight gradients read."""
 
     bits: int = 8
     group: int = 32
@@ -56,10 +72,11 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was done with one saved tensor; reason: why it is exact, or ""."""
+    """What was done with one saved tensor."""
 
     name: str
-    reason: str
+    bits: int | None
+    reason: str  # why it is exact, or ""
     before: Any  # bytes, symbolic under dynamic shapes
     after: Any
 
@@ -72,90 +89,153 @@ def round_saved(
     free: Collection[int],
     table: Decompositions = NONE,
 ) -> list[Decision]:
-    """Round what the forward saves, in place; returns what was done with each tensor of floats."""
+    """Round what the forward saves, in place; returns what was done with each large tensor."""
     kept = kept_for_backward(forward, outputs, free)
-    places = {node.name: node for node in backward.find_nodes(op="placeholder")}
     returned: Any = forward.output_node().args[0]
     held = {storage_root(n) for n in returned[:outputs] if isinstance(n, Node)}
+    places = {node.name: node for node in backward.find_nodes(op="placeholder")}
     found = []
-    for storage, views in kept.views.items():
-        value = views[0].meta["val"]
-        if value.dtype not in FLOATS or stands_for(base_of(views[0])) is not None:
+    for base, views in kept.views.items():
+        value = base.meta["val"]
+        small = isinstance(value.numel(), int) and value.numel() < LEAST
+        if value.dtype not in FLOATS or small or stands_for(base_of(views[0])) is not None:
             continue
-        before = after = tensor_bytes(storage)
-        place = places[views[0].name]
-        reason = _read_exactly(backward, place) or _why_exact(storage, views, held)
-        if reason is None:
-            after = _round(forward, backward, views[0], place, how, table)
-        found.append(Decision(views[0].name, reason or "", before, after))
+        before = after = tensor_bytes(base)
+        given = [places[view.name] for view in views]
+        bits, reason = None, _why_exact(base, views, held)
+        if not reason:
+            bits, reason = _bits(base, given, how)
+        if bits is not None:
+            alone = how.random and all(r.target in MATMULS for r in readers(backward, given))
+            order = _order(value) or ()
+            own = order == tuple(range(len(order)))
+            groups = Groups(bits, how.group, alone, () if own else order)
+            after = _round(forward, base, views, given, how.name, groups, table)
+        found.append(Decision(views[0].name, bits, reason, before, after))
     return found
 
 
-def _why_exact(storage: Node, views: tuple[Node, ...], held: Collection[Node]) -> str | None:
-    """Why a saved tensor stays exact, as far as the forward tells."""
-    value = views[0].meta["val"]
-    if isinstance(value.numel(), int) and value.numel() < LEAST:
-        return "it is small"
-    if storage.op == "placeholder" or storage in held:
+def _why_exact(base: Node, views: tuple[Node, ...], held: Collection[Node]) -> str:
+    """Why a saved storage stays exact, as far as the forward tells, or ""."""
+    value = base.meta["val"]
+    if base.op == "placeholder" or base in held:
         return "the caller holds it"
-    if len(views) > 1:
-        return "it is saved in two views"
-    if not value.is_contiguous():
-        return "it is not contiguous"
-    return None
+    if any(_chain(view, base) is None for view in views):
+        return "it is saved under views that another value decides"
+    if (order := _order(value)) is None:
+        return "it is not dense in memory"
+    if not isinstance(value.shape[order[-1]], int):
+        return "its last dimension is dynamic"
+    return ""
 
 
-def _read_exactly(backward: Graph, place: Node) -> str | None:
-    """The operation for which backward reads it exactly, or None."""
-    for reader in readers(backward, [place]):
+def _bits(base: Node, places: Sequence[Node], how: Rounding) -> tuple[int | None, str]:
+    """The bits that the readers of a saved tensor allow; or None, and why it stays exact."""
+    bits = how.bits
+    for reader in readers(places[0].graph, places):
         target: Any = reader.target
-        tags = getattr(target, "tags", ())
-        known = target in CASTS or target in REDUCTIONS or target in MATMULS
         if reader.op == "output":
-            return "backward returns it"
-        if not known and torch.Tag.pointwise not in tags:
-            return f"{getattr(target, 'overloadpacket', target)} reads it".removeprefix("aten.")
-        if target is aten.sub.Tensor and any(u.target is aten.exp.default for u in reader.users):
-            return "its exponential is read, of logits"
-    return None
+            return None, "backward returns it"
+        name = str(getattr(target, "overloadpacket", target)).removeprefix("aten.")
+        if name in COMPARISONS:
+            return None, f"{name} compares it"
+        tags = getattr(target, "tags", ())
+        smooth = torch.Tag.pointwise in tags or target in CASTS or target in REDUCTIONS
+        softmax = name == "sub" and any(u.target is aten.exp.default for u in reader.users)
+        if how.bits < 8 and _is_linear(reader, places):
+            bits = max(bits, 8)
+        elif softmax or not (smooth or target in MATMULS):
+            if base.meta["val"].dtype.itemsize < 4:
+                return None, f"{name} reads it"
+            bits = 16
+        elif smooth and (name != "mul" or base.target not in MATMULS):
+            bits = max(bits, 8)
+    return bits, ""
+
+
+def _is_linear(reader: Node, places: Collection[Node]) -> bool:
+    """Whether these are v or the output of an attention's backward, and nothing else of it."""
+    schema = getattr(reader.target, "_schema", None)
+    if schema is None or "attention" not in schema.name:
+        return False
+    names = [argument.name for argument in schema.arguments]
+    read = zip(names, reader.args, strict=False)
+    ours = {n for n, value in read if isinstance(value, Node) and base_of(value) in places}
+    return bool(ours) and ours <= {"value", "out"}
+
+
+def _order(value: Tensor) -> tuple[int, ...] | None:
+    """The dimensions in the order of memory; None if it has gaps or shares elements."""
+    if value.is_contiguous():
+        return tuple(range(value.ndim))
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return None
+    strides = value.stride()
+    order = tuple(sorted(range(value.ndim), key=lambda i: -strides[i]))
+    return order if value.permute(order).is_contiguous() else None
+
+
+def _chain(view: Node, base: Node) -> list[Node] | None:
+    """The views and slices from a storage to a view of it; None where they cannot be repeated."""
+    found: list[Node] = []
+    while view is not base:
+        value = view.meta["val"]
+        cast = isinstance(value, Tensor) and value.dtype != base.meta["val"].dtype
+        if cast or view.target in OTHER_VALUES or len(view.all_input_nodes) != 1:
+            return None
+        found.append(view)
+        view = operand(view, 0)
+    return found[::-1]
 
 
 def _round(
-    forward: Graph, backward: Graph, saved: Node, place: Node, how: Rounding, table: Decompositions
+    forward: Graph,
+    base: Node,
+    views: Sequence[Node],
+    places: Sequence[Node],
+    name: str,
+    groups: Groups,
+    table: Decompositions,
 ) -> Any:
-    """Save codes and scales in place of a tensor; returns their bytes."""
-    alone = all(reader.target in MATMULS for reader in readers(backward, [place]))
-    mark = StandsFor(how.name, base_of(saved).name)
-    meta = {**provenance_of(base_of(saved)), "stands_for": mark}
-    value = saved.meta["val"]
-    write = partial(round_groups, bits=how.bits, group=how.group, random=alone and how.random)
-    codes = emit([saved], how.name, write, (), table, meta)
+    """Save codes and scales of a storage in place of its views; returns their bytes."""
+    mark, value = StandsFor(name, base.name), base.meta["val"]
+    meta = {**provenance_of(base), "stands_for": mark}
+    codes = emit([base], name, groups.write, (), table, meta)
     for node in codes:
-        node.meta["stands_for"] = StandsFor(how.name, mark.storage, kept=True)
-        if saved.meta.get("saved_tensor_with_no_vc_check"):
-            node.meta["saved_tensor_with_no_vc_check"] = True
-    _return_instead(forward, saved, codes)
-    handed = [_handed(place, node) for node in codes]
-    read = partial(restore_groups, bits=how.bits, group=how.group, width=value.shape[-1])
-    how_read = {**provenance_of(place), "stands_for": mark}
-    for user in list(place.users):
-        (restored,) = emit(handed, how.name, partial(read, dtype=value.dtype), (), table, how_read)
-        user.replace_input_with(place, restored)
-    backward.erase_node(place)
+        node.meta["stands_for"] = StandsFor(name, mark.storage, kept=True)
+        if views[0].meta.get(UNCHECKED):
+            node.meta[UNCHECKED] = True
+    _return_instead(forward, views, codes)
+    handed = [_handed(places[0], node) for node in codes]
+    width = value.shape[(groups.order or (-1,))[-1]]
+    read = partial(groups.read, width=width, dtype=value.dtype)
+    for view, place in zip(views, places, strict=True):
+        how = {**provenance_of(place), "stands_for": mark}
+        for user in list(place.users):
+            (x,) = emit(handed, name, read, (), table, how)
+            for one in _chain(view, base) or ():
+                x = call(user, one.target, x, *one.args[1:])
+            user.replace_input_with(place, x)
+        place.graph.erase_node(place)
     for node, source in zip(handed, codes, strict=True):
         node.name = source.name
     return sum(tensor_bytes(node) for node in codes)
 
 
-def _return_instead(forward: Graph, saved: Node, codes: list[Node]) -> None:
+def _return_instead(forward: Graph, views: Sequence[Node], codes: list[Node]) -> None:
+    """Return codes where the first of the views is saved, and none of the others."""
     output = forward.output_node()
     returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    at = len(returned) - 1 - returned[::-1].index(saved)
-    output.args = ((*returned[:at], *codes, *returned[at + 1 :]),)
-    for key in ("desc", "output_stack_traces"):
-        if key in output.meta:
-            entries = list(output.meta[key])
-            output.meta[key] = entries[:at] + [None] * len(codes) + entries[at + 1 :]
+    places = [len(returned) - 1 - returned[::-1].index(view) for view in views]
+    lists = {"args": returned} | {k: list(output.meta[k]) for k in NOTES if k in output.meta}
+    for key, entries in lists.items():
+        new: list[Any] = codes if key == "args" else [None] * len(codes)
+        kept = [[entry] for entry in entries]
+        for place in places:
+            kept[place] = new if place == places[0] else []
+        entries[:] = [entry for part in kept for entry in part]
+    output.args = (tuple(returned),)
+    output.meta.update({k: v for k, v in lists.items() if k != "args"})
 
 
 def _handed(place: Node, source: Node) -> Node:
@@ -164,38 +244,3 @@ def _handed(place: Node, source: Node) -> Node:
         handed = place.graph.placeholder(f"{source.name}_handed")
     handed.meta = {**place.meta, **source.meta}
     return handed
-
-
-# --- the format -----------------------------------------------------------------------------------
-
-
-def round_groups(x: Tensor, bits: int, group: int, random: bool) -> tuple[Tensor, Tensor]:
-    """codes (..., D b / 8) and scales (..., D / g) bfloat16 of x (..., D); D is filled up to g.
-
-    8 bits: int8. 4 bits: two codes a byte, of the first and the second half of a group.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    missing, top = -x.shape[-1] % group, 2 ** (bits - 1) - 1
-    rows = (F.pad(x, (0, missing)) if missing else x).to(wide)
-    rows = rows.reshape(*x.shape[:-1], -1, group)  # (..., D / g, g)
-    largest = rows.abs().amax(-1, keepdim=True)  # (..., D / g, 1)
-    scale = (largest * ((1 + 2**-8) / top)).to(torch.bfloat16)  # no less, so that all codes fit
-    share = rows * (1 / scale.to(wide).clamp(min=1e-30))
-    code = ((share + noise(rows)).floor() if random else share.round()).clamp(-top, top)
-    if bits == 8:
-        return code.to(torch.int8).flatten(-2), scale.squeeze(-1)
-    low, high = (part.to(torch.uint8) for part in (code + top).split(group // 2, -1))
-    return (low | (high << 4)).flatten(-2), scale.squeeze(-1)
-
-
-def restore_groups(
-    codes: Tensor, scale: Tensor, bits: int, group: int, width: int, dtype: torch.dtype
-) -> Tensor:
-    """x^ (..., D), D = width."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rows = codes.reshape(*codes.shape[:-1], -1, group * bits // 8)
-    if bits == 4:
-        rows = torch.cat([rows & 15, rows >> 4], -1)
-    code = rows.to(wide) - (2 ** (bits - 1) - 1 if bits == 4 else 0)
-    x: Tensor = (code * scale.to(wide).unsqueeze(-1)).flatten(-2)
-    return x[..., :width].to(dtype)
