@@ -39,6 +39,11 @@ SETS: dict[str, Sequence[str]] = {
         "velora-all-16+budget-0.5",
         "memrewrite+fp8",
         "velora-all-16+fp8",
+        "activations-int8",
+        "activations-int4",
+        "activations-int8+checkpointing",
+        "activations-int8+moments-int8",
+        "activations-int4+moments-int8",
     ),
     "optimizers": (
         "torch.compile",
@@ -47,7 +52,9 @@ SETS: dict[str, Sequence[str]] = {
         "adafactor",
         "galore-torch",
         "apollo-torch",
+        "moments-int8",
         "galore",
+        "galore+moments-int8",
         "galore+pushed",
         "velora-auto-16+galore+pushed",
         "velora-all-16+galore",
@@ -96,6 +103,10 @@ SETS: dict[str, Sequence[str]] = {
         "fp8",
         "adamw8bit-torchao",
         "adamw8bit-bitsandbytes",
+        "moments-int8",
+        "galore+moments-int8",
+        "activations-int8+moments-int8",
+        "activations-int4+moments-int8",
     ),
     "train-more": (
         "velora-auto-16",
@@ -106,6 +117,9 @@ SETS: dict[str, Sequence[str]] = {
         "galore+pushed",
         "velora-auto-16+galore",
         "velora-auto-16+galore+pushed",
+        "activations-int8+moments-int8",
+        "activations-int4+moments-int8",
+        "galore+moments-int8",
     ),
 }
 

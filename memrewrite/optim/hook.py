@@ -105,7 +105,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
         ]
     _complain_of_unserved()
     for session in live_sessions():
-        session.seek_loss()
+        session.seek()
     if not membership.steps_as_known(optimizer):
         warn_of_scale(optimizer, attachment)
         warn = partial(warn_of_dense, optimizer, attachment)

@@ -139,13 +139,6 @@ class GraphRecord:
     passes: list[dict[str, Any]] = field(default_factory=list)
     stages: list[tuple[str, str]] = field(default_factory=list)  # name, packed listing
 
-    def nothing_rounded(self) -> str:
-        """Why no saved tensor is in few bits; "" if any is, or the graph does not train."""
-        if self.inference or any(one.bits is not None for one in self.rounded):
-            return ""
-        reasons = dict.fromkeys(one.reason for one in self.rounded)
-        return "; ".join(reasons) or "no saved tensor of floats is large enough (16384 numbers)"
-
     def show(self, stage: str, text: str) -> None:
         """Keep a graph's listing, compressed to about a sixth."""
         packed = base64.b64encode(zlib.compress(text.encode(), 6)).decode()

@@ -251,8 +251,6 @@ class Graph:
         compiled, record = capture(gm, args, request, self.setting.engine)
         known = {w for entry in record.inputs for w in (*entry.weights, *entry.exact_weights)}
         record.refused |= dict.fromkeys([w for w in chunked.head if w not in known], IN_CHUNKS)
-        if request.rounding is not None and (why := record.nothing_rounded()):
-            warn(f"activations={request.rounding.name!r} rounds nothing in a graph: {why}")
         compiled = with_undefined_tangents(compiled, [*record.absent])
         return Variant(compiled, record, asked, outputs, observed, chunked)
 

@@ -24,7 +24,7 @@ from memrewrite.parallel.data_parallel import adopt, foresee, group_of
 from memrewrite.parallel.wrapped import inner
 from memrewrite.session.calls import Calls
 from memrewrite.session.choice import Part, weights_with_small_gradients
-from memrewrite.session.graph import Binding, Graph, Setting
+from memrewrite.session.graph import Binding, Graph, Setting, Variant
 from memrewrite.sites.options import GaLore, VeLoRA
 
 S = TypeVar("S", bound=State)
@@ -47,7 +47,7 @@ class Session:
     scale_checked: bool = False  # whether lr_scale reaches every compressed weight
     whole: frozenset[str] = frozenset()  # weights that GaLore projects, which must not be sharded
     unserved_steps: int = 0  # optimizer steps so far that had no parameter of this session
-    loss_sought: bool = False  # whether `seek_loss` has run
+    sought: bool = False  # whether `seek` has run
 
     named: list[weakref.ref[nn.Module]] = field(default_factory=list)  # see loss.default
 
@@ -156,19 +156,34 @@ class Session:
         found = (binding.basis_of(parameter) for binding in self.bindings())
         return next((basis for basis in found if basis is not None), None)
 
-    def seek_loss(self) -> None:
-        """Before an optimizer's step: warn where chunks are asked for and no graph has a loss."""
+    def seek(self) -> None:
+        """Before an optimizer's step, once: warn of what is asked for and no graph has."""
         graphs = [graph for graph in self.graphs if graph.training]
-        if self.loss_sought or not self.setting.loss_chunks or not graphs:
-            return
-        self.loss_sought = True
-        tried = [variant.chunked for graph in graphs for variant in graph.variants.values()]
-        if not any(chunked is not None and chunked.told for chunked in tried):
+        if graphs and not self.sought:
+            self.sought = True
+            variants = [variant for graph in graphs for variant in graph.variants.values()]
+            self._seek_loss(variants)
+            self._seek_rounding(variants)
+
+    def _seek_loss(self, variants: Sequence[Variant]) -> None:
+        tried = [variant.chunked for variant in variants]
+        chunks = self.setting.loss_chunks
+        if chunks and not any(chunked is not None and chunked.told for chunked in tried):
             warn(
-                f"loss_chunks={self.setting.loss_chunks}: the forward of "
-                f"{type(self.model()).__name__} computes no cross entropy, so its logits stay "
-                "whole: compute the loss in it (pass labels), or leave loss_chunks out"
+                f"loss_chunks={chunks}: the forward of {type(self.model()).__name__} computes no "
+                "cross entropy, so its logits stay whole: compute the loss in it (pass labels), "
+                "or leave loss_chunks out"
             )
+
+    def _seek_rounding(self, variants: Sequence[Variant]) -> None:
+        asked = next((m for m in self.methods if m.rounding is not None), None)
+        records = [variant.record for variant in variants if not variant.record.inference]
+        rounded = [one for record in records for one in record.rounded]
+        if asked is None or not records or any(one.bits is not None for one in rounded):
+            return
+        reasons = dict.fromkeys(one.reason for one in rounded)
+        why = "; ".join(reasons) or "none of floats is large enough (16384 numbers)"
+        warn(f"activations={asked.name!r} rounds no saved tensor: {why}")
 
     def bindings(self) -> Iterator[Binding]:
         """Every compiled variant, bound to the weights that it is called with."""

@@ -45,6 +45,11 @@ class Groups:
             code = low | (high << 4)
         return code.flatten(-2).to(CODES[self.bits]), scale
 
+    def bytes_of(self, width: int) -> int:
+        """Bytes of a row of D = width numbers."""
+        groups = -(-width // self.size)
+        return groups * (self.size * self.bits // 8 + torch.bfloat16.itemsize)
+
     def read(self, codes: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """x^; width: D, of the last dimension in memory."""
         wide = torch.promote_types(dtype, torch.float32)
@@ -54,5 +59,5 @@ class Groups:
         code = rows.to(wide)
         code = code - (2 ** (self.bits - 1) - 1) if self.bits == 4 else code
         x = (code * scale.to(wide).unsqueeze(-1)).flatten(-2)
-        x = (x if x.shape[-1] == width else x[..., :width]).to(dtype)
+        x = (x if x.shape[-1] == width else x[..., :width].contiguous()).to(dtype)
         return x.permute([self.order.index(i) for i in range(x.ndim)]) if self.order else x

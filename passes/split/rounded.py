@@ -17,15 +17,19 @@ value. The forward is exact. An error of x^ passes on as its readers do:
                                      attention, which is linear in them, 8
     comparisons                      exact: a gradient may change to another branch
 
+What backward recomputes from x^ passes the error on to its own readers, which count too; an
+attention that it recomputes has the log-sum-exp of the rounded q and k.
+
 x^ is restored beside each reader, so that none is held. Source: group-wise rounding as in ActNN
 (Chen et al. 2021, arXiv:2104.14129); the rule by readers: measured, docs/design.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ from passes.base import (
     OTHER_VALUES,
     StandsFor,
     aten,
+    backward_nodes,
     base_of,
     call,
     operand,
@@ -53,6 +58,11 @@ LEAST = 2**14  # numbers below which a tensor is not worth two kernels
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "sign", "floor", "ceil", "round", "trunc"}
+MOVES = {  # their readers are those of their operands
+    *("alias", "cat", "clone", "constant_pad_nd", "detach", "expand", "flip", "repeat", "roll"),
+    *("select", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
+    *("unbind", "unsqueeze"),
+}
 UNCHECKED = "saved_tensor_with_no_vc_check"  # AOTAutograd's mark: such tensors are saved last
 NOTES = ("desc", "output_stack_traces")  # in the meta of an output node, one for each output
 
@@ -94,7 +104,7 @@ def round_saved(
     returned: Any = forward.output_node().args[0]
     held = {storage_root(n) for n in returned[:outputs] if isinstance(n, Node)}
     places = {node.name: node for node in backward.find_nodes(op="placeholder")}
-    found = []
+    dependent, found = backward_nodes(backward), []
     for base, views in kept.views.items():
         value = base.meta["val"]
         small = isinstance(value.numel(), int) and value.numel() < LEAST
@@ -104,13 +114,15 @@ def round_saved(
         given = [places[view.name] for view in views]
         bits, reason = None, _why_exact(base, views, held)
         if not reason:
-            bits, reason = _bits(base, given, how)
+            bits, reason = _bits(base, given, how, dependent)
         if bits is not None:
-            alone = how.random and all(r.target in MATMULS for r in readers(backward, given))
-            order = _order(value) or ()
-            own = order == tuple(range(len(order)))
-            groups = Groups(bits, how.group, alone, () if own else order)
-            after = _round(forward, base, views, given, how.name, groups, table)
+            direct = [*readers(backward, given)]
+            alone = all(r.target in MATMULS and r in dependent for r in direct) and how.random
+            groups, width = _groups(value, bits, how.group, alone)
+            if groups.bytes_of(width) < width * value.dtype.itemsize:
+                after = _round(forward, base, views, given, how.name, groups, table)
+            else:
+                bits, reason = None, f"{bits} bits would take no fewer bytes"
         found.append(Decision(views[0].name, bits, reason, before, after))
     return found
 
@@ -129,28 +141,69 @@ def _why_exact(base: Node, views: tuple[Node, ...], held: Collection[Node]) -> s
     return ""
 
 
-def _bits(base: Node, places: Sequence[Node], how: Rounding) -> tuple[int | None, str]:
-    """The bits that the readers of a saved tensor allow; or None, and why it stays exact."""
-    bits = how.bits
-    for reader in readers(places[0].graph, places):
+def _bits(
+    base: Node, places: Sequence[Node], how: Rounding, dependent: Collection[Node]
+) -> tuple[int | None, str]:
+    """The bits that the readers of a saved storage allow; or None, and why it stays exact.
+
+    dependent: the nodes of backward that depend on a tangent; the others are recomputations, which
+    pass the error on to their readers.
+    """
+    bits, made = how.bits, base.target in MATMULS
+    for reader in _reached(places, dependent):
         target: Any = reader.target
+        name = _name(reader)
         if reader.op == "output":
             return None, "backward returns it"
-        name = str(getattr(target, "overloadpacket", target)).removeprefix("aten.")
         if name in COMPARISONS:
             return None, f"{name} compares it"
+        if _moves(reader):
+            continue
         tags = getattr(target, "tags", ())
         smooth = torch.Tag.pointwise in tags or target in CASTS or target in REDUCTIONS
         softmax = name == "sub" and any(u.target is aten.exp.default for u in reader.users)
-        if how.bits < 8 and _is_linear(reader, places):
+        if _is_consistent(reader, dependent) or (how.bits < 8 and _is_linear(reader, places)):
             bits = max(bits, 8)
         elif softmax or not (smooth or target in MATMULS):
             if base.meta["val"].dtype.itemsize < 4:
                 return None, f"{name} reads it"
             bits = 16
-        elif smooth and (name != "mul" or base.target not in MATMULS):
+        elif (name != "mul" or not made) if smooth else reader not in dependent:
             bits = max(bits, 8)
     return bits, ""
+
+
+def _reached(places: Sequence[Node], dependent: Collection[Node]) -> Iterator[Node]:
+    """The readers of these placeholders, and those of what backward recomputes from them."""
+    seen: set[Node] = set()
+    stack = list(places)
+    while stack:
+        for reader in readers(stack[-1].graph, [stack.pop()]):
+            if reader not in seen:
+                seen.add(reader)
+                yield reader
+                if reader not in dependent or _moves(reader):
+                    stack.append(reader)
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
+def _moves(node: Node) -> bool:
+    return node.target is getitem or _name(node) in MOVES
+
+
+def _is_consistent(reader: Node, dependent: Collection[Node]) -> bool:
+    """Whether it is an attention that backward recomputes, or its backward: then the log-sum-exp
+    is that of the rounded q and k."""
+    drawn = "run_with_rng_state" in str(reader.target)  # (rng state, operation, operands...)
+    schema = getattr(reader.args[1] if drawn else reader.target, "_schema", None)
+    if schema is None or "attention" not in schema.name:
+        return False
+    read = zip((argument.name for argument in schema.arguments), reader.args, strict=False)
+    lse = next((value for name, value in read if name.startswith("logsumexp")), None)
+    return lse.op != "placeholder" if isinstance(lse, Node) else reader not in dependent
 
 
 def _is_linear(reader: Node, places: Collection[Node]) -> bool:
@@ -162,6 +215,14 @@ def _is_linear(reader: Node, places: Collection[Node]) -> bool:
     read = zip(names, reader.args, strict=False)
     ours = {n for n, value in read if isinstance(value, Node) and base_of(value) in places}
     return bool(ours) and ours <= {"value", "out"}
+
+
+def _groups(value: Tensor, bits: int, size: int, random: bool) -> tuple[Groups, int]:
+    """The format of a tensor, and the width of its rows in memory."""
+    order = _order(value) or ()
+    width = value.shape[order[-1]]
+    own = order == tuple(range(len(order)))
+    return Groups(bits, min(size, width + width % 2), random, () if own else order), width
 
 
 def _order(value: Tensor) -> tuple[int, ...] | None:

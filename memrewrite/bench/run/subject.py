@@ -123,9 +123,11 @@ def _has(name: str) -> bool:
 
 
 def _checkpoint(model: Any) -> None:
-    if not hasattr(model, "gradient_checkpointing_enable"):
+    switches = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new name, old
+    found = next((getattr(model, s) for s in switches if hasattr(model, s)), None)
+    if found is None:
         raise ValueError(f"{type(model).__name__} has no switch for checkpointing")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found({"use_reentrant": False})
 
 
 def _compile(model: nn.Module, configuration: Configuration, asked: Request) -> None:
