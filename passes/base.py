@@ -99,7 +99,7 @@ def arguments(graph: Graph) -> dict[int, Node]:
 
 def backward_nodes(graph: Graph) -> set[Node]:
     """Every node that depends on a tangent."""
-    return _reached_from(
+    return reached_from(
         graph, (n for n in graph.find_nodes(op="placeholder") if n.meta.get("tangent"))
     )
 
@@ -107,12 +107,12 @@ def backward_nodes(graph: Graph) -> set[Node]:
 def batch_nodes(graph: Graph, weights: Iterable[int]) -> set[Node]:
     """Every node that depends on an argument other than `weights`."""
     fixed = set(weights)
-    return _reached_from(
+    return reached_from(
         graph, (n for position, n in arguments(graph).items() if position not in fixed)
     )
 
 
-def _reached_from(graph: Graph, start: Iterable[Node]) -> set[Node]:
+def reached_from(graph: Graph, start: Iterable[Node]) -> set[Node]:
     reached = set(start)
     for node in graph.nodes:
         if any(operand in reached for operand in node.all_input_nodes):

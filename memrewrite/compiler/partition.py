@@ -175,8 +175,8 @@ def _keep_less(
     try:
         changed = keep_sums(first, second, outputs, hint)
         if request.rounding is not None:
-            how = request.rounding
-            rounded = round_saved(first, second, outputs, how, request.free, table)
+            given = request.rounding, request.free, request.weights, table
+            rounded = round_saved(first, second, outputs, *given)
         changed += [one.name for one in rounded if not one.reason]
         changed += recompute_late(second)
     except Exception as error:

@@ -40,11 +40,13 @@ from passes.base import (
     CASTS,
     OTHER_VALUES,
     StandsFor,
+    arguments,
     aten,
     backward_nodes,
     base_of,
     call,
     operand,
+    reached_from,
     stands_for,
     storage_root,
     tensor_bytes,
@@ -97,14 +99,19 @@ def round_saved(
     outputs: int,
     how: Rounding,
     free: Collection[int],
+    weights: Collection[int],
     table: Decompositions = NONE,
 ) -> list[Decision]:
-    """Round what the forward saves, in place; returns what was done with each large tensor."""
+    """Round what the forward saves, in place; returns what was done with each large tensor.
+
+    weights: arguments. What depends on none of them is a mask, or positions, and stays exact.
+    """
     kept = kept_for_backward(forward, outputs, free)
     returned: Any = forward.output_node().args[0]
     held = {storage_root(n) for n in returned[:outputs] if isinstance(n, Node)}
     places = {node.name: node for node in backward.find_nodes(op="placeholder")}
     dependent, found = backward_nodes(backward), []
+    trained = reached_from(forward, (n for i, n in arguments(forward).items() if i in weights))
     for base, views in kept.views.items():
         value = base.meta["val"]
         small = isinstance(value.numel(), int) and value.numel() < LEAST
@@ -113,6 +120,8 @@ def round_saved(
         before = after = tensor_bytes(base)
         given = [places[view.name] for view in views]
         bits, reason = None, _why_exact(base, views, held)
+        if base not in trained:
+            reason = "no weight enters it"
         if not reason:
             bits, reason = _bits(base, given, how, dependent)
         if bits is not None:

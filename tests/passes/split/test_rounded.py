@@ -147,7 +147,7 @@ def rounded(
     reads: Reads, how: Rounding, matmul: bool = True, free: Any = ()
 ) -> tuple[Graph, Graph, list[Decision]]:
     forward, backward = halves(reads, matmul)
-    return forward, backward, round_saved(forward, backward, 1, how, free)
+    return forward, backward, round_saved(forward, backward, 1, how, free, {0})
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,13 @@ def test_readers_decide(reads: Reads, matmul: bool, eight: int | str, four: int 
             == found.after
             == (SIZE * SIZE * wanted // 8 + scales if isinstance(wanted, int) else found.before)
         )
+
+
+def test_a_mask_stays_exact() -> None:
+    """No weight enters it; it may hold infinities."""
+    forward, backward = halves(pointwise)
+    (found,) = round_saved(forward, backward, 1, Rounding(), (), {7})
+    assert found.reason == "no weight enters it"
 
 
 def test_printed_form() -> None:
@@ -243,7 +250,7 @@ def run(graph: Graph, *args: Tensor) -> Any:
 def test_twice_is_once() -> None:
     forward, backward, _ = rounded(pointwise, Rounding())
     before = [show(GraphModule(nn.Module(), graph)) for graph in (forward, backward)]
-    assert round_saved(forward, backward, 1, Rounding(), ()) == []
+    assert round_saved(forward, backward, 1, Rounding(), (), {0}) == []
     assert before == [show(GraphModule(nn.Module(), graph)) for graph in (forward, backward)]
 
 
@@ -261,7 +268,7 @@ def test_one_copy_serves_all_views_of_a_storage() -> None:
     products = [b.op(aten.mul.Tensor, *both) for both in zip(cosines, shaped, strict=True)]
     sums = [b.op(aten.sum.default, one) for one in products]
     backward = b.returns(*sums)
-    (found,) = round_saved(forward, backward, 1, Rounding(), ())
+    (found,) = round_saved(forward, backward, 1, Rounding(), (), {0})
     assert found.bits == 8
     value = torch.randn(SIZE, SIZE)
     _, *codes = run(forward, value)
@@ -277,7 +284,7 @@ def test_low_precision_keeps_what_would_need_16_bits() -> None:
         for node in graph.nodes:
             if isinstance(node.meta.get("val"), Tensor):
                 node.meta["val"] = node.meta["val"].bfloat16()
-    (found,) = round_saved(forward, backward, 1, Rounding(), ())
+    (found,) = round_saved(forward, backward, 1, Rounding(), (), {0})
     assert found.reason == "cumsum reads it"
 
 
