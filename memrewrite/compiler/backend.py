@@ -179,7 +179,8 @@ class Engine:
 
         theirs = _listed(self.option("joint_custom_pre_pass"))
         patches = {
-            **self.config,
+            # A freed buffer that waits for another use is memory that is taken.
+            **{"allow_buffer_reuse": False, **self.config},
             "joint_custom_pre_pass": JointPasses(request, theirs),
             "custom_partitioner_fn": ExactFirst(request, self.option("custom_partitioner_fn")),
         }

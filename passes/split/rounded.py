@@ -26,7 +26,7 @@ x^ is restored beside each reader, so that none is held. Source: group-wise roun
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import getitem
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from passes import chunked_loss
 from passes.base import (
     CASTS,
     OTHER_VALUES,
@@ -141,6 +142,8 @@ def _why_exact(base: Node, views: tuple[Node, ...], held: Collection[Node]) -> s
     value = base.meta["val"]
     if base.op == "placeholder" or base in held:
         return "the caller holds it"
+    if base.target is getitem and operand(base, 0).target is chunked_loss.op:
+        return "it is a gradient"
     if any(_chain(view, base) is None for view in views):
         return "it is saved under views that another value decides"
     if (order := _order(value)) is None:
@@ -159,19 +162,26 @@ def _bits(
     pass the error on to their readers.
     """
     bits, made = how.bits, base.target in MATMULS
-    for reader in _reached(places, dependent):
+    found = _reached(places, dependent)
+    carriers = {*places, *(n for n in found if n not in dependent or _moves(n))}
+    for reader in found:
         target: Any = reader.target
-        name = _name(reader)
+        name, read = _name(reader), _operands_of_attention(reader, carriers)
         if reader.op == "output":
             return None, "backward returns it"
         if name in COMPARISONS:
             return None, f"{name} compares it"
+        saved = _operands_of_attention(reader, places)
+        if any("logsumexp" in n or "mask" in n or "bias" in n for n in saved):
+            return None, "it is a mask or a log-sum-exp"
         if _moves(reader):
             continue
         tags = getattr(target, "tags", ())
         smooth = torch.Tag.pointwise in tags or target in CASTS or target in REDUCTIONS
         softmax = name == "sub" and any(u.target is aten.exp.default for u in reader.users)
-        if _is_consistent(reader, dependent) or (how.bits < 8 and _is_linear(reader, places)):
+        direct = any(base_of(n) in places for n in reader.all_input_nodes)
+        linear = bool(read) and read <= {"value", "out"} and (how.bits < 8 or not direct)
+        if linear or _is_consistent(reader, dependent):
             bits = max(bits, 8)
         elif softmax or not (smooth or target in MATMULS):
             if base.meta["val"].dtype.itemsize < 4:
@@ -182,17 +192,43 @@ def _bits(
     return bits, ""
 
 
-def _reached(places: Sequence[Node], dependent: Collection[Node]) -> Iterator[Node]:
+def _reached(places: Sequence[Node], dependent: Collection[Node]) -> list[Node]:
     """The readers of these placeholders, and those of what backward recomputes from them."""
-    seen: set[Node] = set()
+    found: dict[Node, None] = {}
     stack = list(places)
     while stack:
-        for reader in readers(stack[-1].graph, [stack.pop()]):
-            if reader not in seen:
-                seen.add(reader)
-                yield reader
+        for reader in readers(places[0].graph, [stack.pop()]):
+            if reader not in found:
+                found[reader] = None
                 if reader not in dependent or _moves(reader):
                     stack.append(reader)
+    return list(found)
+
+
+def _attention(reader: Node) -> dict[str, Any]:
+    """Name -> argument of a call of an attention, or {}."""
+    drawn = "run_with_rng_state" in str(reader.target)  # (rng state, operation, operands...)
+    schema = getattr(reader.args[1] if drawn else reader.target, "_schema", None)
+    if schema is None or "attention" not in schema.name:
+        return {}
+    given = reader.args[2:] if drawn else reader.args
+    return dict(zip((argument.name for argument in schema.arguments), given, strict=False))
+
+
+def _operands_of_attention(reader: Node, carriers: Collection[Node]) -> set[str]:
+    """The names under which an attention's backward reads what has the error."""
+    found = _attention(reader).items()
+    return {n for n, value in found if isinstance(value, Node) and base_of(value) in carriers}
+
+
+def _is_consistent(reader: Node, dependent: Collection[Node]) -> bool:
+    """Whether it is an attention that backward recomputes, or its backward: then the log-sum-exp
+    is that of the rounded q and k."""
+    given = _attention(reader)
+    lse = next((value for name, value in given.items() if "logsumexp" in name), None)
+    if isinstance(lse, Node):
+        return base_of(lse).op != "placeholder"
+    return bool(given) and reader not in dependent
 
 
 def _name(node: Node) -> str:
@@ -201,29 +237,6 @@ def _name(node: Node) -> str:
 
 def _moves(node: Node) -> bool:
     return node.target is getitem or _name(node) in MOVES
-
-
-def _is_consistent(reader: Node, dependent: Collection[Node]) -> bool:
-    """Whether it is an attention that backward recomputes, or its backward: then the log-sum-exp
-    is that of the rounded q and k."""
-    drawn = "run_with_rng_state" in str(reader.target)  # (rng state, operation, operands...)
-    schema = getattr(reader.args[1] if drawn else reader.target, "_schema", None)
-    if schema is None or "attention" not in schema.name:
-        return False
-    read = zip((argument.name for argument in schema.arguments), reader.args, strict=False)
-    lse = next((value for name, value in read if name.startswith("logsumexp")), None)
-    return lse.op != "placeholder" if isinstance(lse, Node) else reader not in dependent
-
-
-def _is_linear(reader: Node, places: Collection[Node]) -> bool:
-    """Whether these are v or the output of an attention's backward, and nothing else of it."""
-    schema = getattr(reader.target, "_schema", None)
-    if schema is None or "attention" not in schema.name:
-        return False
-    names = [argument.name for argument in schema.arguments]
-    read = zip(names, reader.args, strict=False)
-    ours = {n for n, value in read if isinstance(value, Node) and base_of(value) in places}
-    return bool(ours) and ours <= {"value", "out"}
 
 
 def _groups(value: Tensor, bits: int, size: int, random: bool) -> tuple[Groups, int]:
