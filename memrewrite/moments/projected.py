@@ -23,7 +23,7 @@ from memrewrite.errors import UnsupportedError
 from memrewrite.gradients import range_finder, sketch
 from memrewrite.moments.moment import Moment
 from memrewrite.moments.optimizers import ADAM, ADAMW, Flags, Row, flags_of
-from memrewrite.moments.stored import Held
+from memrewrite.moments.stored import Held, full_from_here, stored_from_here, take_back
 from memrewrite.moments.update import W, add_input, wide
 from memrewrite.session.session import Session
 from memrewrite.sites.options import GaLore
@@ -225,10 +225,10 @@ def check_target(target: Target) -> None:
     )
 
 
-def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> bool:
-    """Raise ValueError for state of another configuration; of moments in full, store them.
+def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> str:
+    """Raise ValueError for state of another configuration; bring moments into the right form.
 
-    Returns whether any was in full.
+    Returns what was done with them, or "".
     """
     found = _shapes(state)
     if PROJECTOR not in found:
@@ -238,7 +238,11 @@ def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> b
             "projected run, start with a new optimizer, or compile without galore_rank"
         )
     stored = [held for held in (kind.held, kind.held_projector) if held is not None]
-    full = [held.take_over(state, f"{target.name} {kind.shape}") for held in stored]
+    taken = [held.take_over(state, f"{target.name} {kind.shape}") for held in stored]
+    told = stored_from_here(kind.moment, target.name) if kind.moment and any(taken) else ""
+    shapes = dict.fromkeys(kind.names, kind.state_shape), {PROJECTOR: (kind.side, kind.rank)}
+    forms = [] if stored else [take_back(state, one, kind.dtype) for one in shapes]
+    told += full_from_here(next((form for form in forms if form), ""))
     found = _shapes(state)
     expected = _shapes(kind.zeros(torch.empty(0, device="meta")))
     if kind.held is None and state["exp_avg"].dtype != kind.dtype:
@@ -254,7 +258,7 @@ def check_state(target: Target, kind: ProjectedKind, state: dict[str, Any]) -> b
             f"{kind.rank} needs {expected}: compile with the galore options (and amsgrad) of "
             "the run that saved it, or start with a new optimizer"
         )
-    return any(full)
+    return told
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from memrewrite.moments.moment import Moment
+from memrewrite.moments.moment import MOMENTS, Moment
 from memrewrite.moments.optimizers import Flags, Row
 from memrewrite.moments.update import same_storage, wide
 from passes.base import Pass
@@ -120,10 +120,40 @@ class Held:
         return {key: part.dtype for key, part in zip(self.keys, parts, strict=True)}
 
 
+def take_back(
+    state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> str | None:
+    """Replace moments that a registered form stores in several tensors by moments in full.
+
+    shapes: of the moments in full. Returns the name of the form, or None where there is none.
+    """
+    for make in MOMENTS.values():
+        form, full = make(), dict[str, Tensor]()
+        for name, shape in shapes.items():
+            held = Held(form, (name,), shape, dtype)
+            zeros = held.zeros("meta")
+            if len(zeros) > 1 and all(
+                k in state and state[k].shape == zeros[k].shape for k in zeros
+            ):
+                cast = {key: state[key].to(zeros[key].dtype) for key in zeros}
+                full |= {n: t.to(dtype) for n, t in held.whole(cast).items()}
+        if shapes and full.keys() == shapes.keys():
+            for key in (key for name in shapes for key in form.keys(name)):
+                del state[key]
+            state.update(full)
+            return form.name
+    return None
+
+
 def stored_from_here(moment: Moment, what: str) -> str:
     """The message where `take_over` found moments in full."""
     form = f"they are stored as {moment.name!r} from here on"
     return f"the optimizer held moments of {what} in full: {form}"
+
+
+def full_from_here(form: str | None) -> str:
+    """The message where `take_back` found moments in a form, or ""."""
+    return f"moments that were stored as {form!r} are in full from here on" if form else ""
 
 
 def _packed(stored: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from memrewrite.methods.velora import SubTokens, wide
 from memrewrite.moments.moment import stores
 from memrewrite.moments.optimizers import ADAM, row_of
 from memrewrite.moments.projected import PROJECTOR, STALE, Target, check_state, check_target
-from memrewrite.moments.stored import stored_from_here
+from memrewrite.moments.stored import full_from_here, take_back
 from memrewrite.optim.attachment import Attachment, members, name_of
 from memrewrite.optim.factored_step import warn_of_sums
 from memrewrite.session.session import Session, live_sessions
@@ -214,8 +214,8 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
             check_target(target)
             kind = target.kind(group)
             if state and state.get("exp_avg") is not target.checked:
-                if check_state(target, kind, state) and kind.moment is not None:
-                    attachment.warn_once("stored", stored_from_here(kind.moment, target.name))
+                if told := check_state(target, kind, state):
+                    attachment.warn_once("stored", told)
         elif isinstance(state, dict) and isinstance(state.get(PROJECTOR), Tensor):
             parts = [k for k in state if k.startswith(PROJECTOR) and k not in (PROJECTOR, STALE)]
             rank = "in parts" if parts else f"rank {state[PROJECTOR].shape[-1]}"
@@ -225,6 +225,10 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
                 "with the galore options of the run that saved it, or start with a new optimizer"
             )
         elif isinstance(state, dict) and parameter not in attachment.stored:
+            shapes = dict.fromkeys((n for n in ADAM.moments if n in state), tuple(parameter.shape))
+            told = full_from_here(take_back(state, shapes, parameter.dtype))
+            if told:
+                attachment.warn_once("stored", told)
             _check_stored_by_nobody(parameter, state)
         grad, ours = parameter.grad, attachment.targets or attachment.stored
         if ours and grad is not None and grad.is_sparse:

@@ -201,6 +201,28 @@ def test_state_takes_a_quarter_and_begins_from_adams_own() -> None:
     assert predicted == taken + 2 * model.bias.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_without_moments_goes_on_from_state_in_8_bits(dtype: torch.dtype) -> None:
+    model = net(dtype)
+    memrewrite.compile(model, moments=Int8(), backend="aot_eager")
+    model[0].weight = nn.Parameter(torch.randn(128, 32).to(dtype) / 6)
+    model[2].weight = nn.Parameter(torch.randn(9, 128).to(dtype) / 11)
+    model[0].bias = nn.Parameter(torch.zeros(128, dtype=dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(2))
+    plain = copy.deepcopy(memrewrite.restore(model))
+    memrewrite.compile(plain, backend="aot_eager")
+    second = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    second.load_state_dict(optimizer.state_dict())
+    with pytest.warns(
+        memrewrite.MemrewriteWarning, match="stored as 'int8' are in full from here on"
+    ):
+        train(plain, second, range(2, 3))
+    state = second.state[plain[0].weight]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+    assert state["exp_avg"].shape == (128, 32) and state["exp_avg"].dtype == dtype
+
+
 # --- GaLore in 8 bits -----------------------------------------------------------------------------
 
 
@@ -242,6 +264,20 @@ def test_galore_in_8_bits_takes_what_is_predicted_and_begins_from_galores_own() 
     held = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     rows = memrewrite.report(model).optimizer
     assert held == predicted == sum(row.bytes_after for row in rows)
+
+
+def test_galore_without_moments_goes_on_from_state_in_8_bits() -> None:
+    model, optimizer = projected(FORM)
+    train(model, optimizer, range(4))
+    plain, second = projected(None)
+    plain.load_state_dict(model.state_dict()), second.load_state_dict(optimizer.state_dict())
+    with pytest.warns(memrewrite.MemrewriteWarning, match="are in full from here on"):
+        train(plain, second, range(4, 6))
+    state = second.state[plain[0].weight]
+    assert {k: tuple(t.shape) for k, t in state.items() if t.ndim} == {
+        **{"exp_avg": (64, 8), "exp_avg_sq": (64, 8)},
+        "projector": (32, 8),
+    }
 
 
 def test_coordinates_of_backward_keep_their_moments() -> None:
