@@ -28,7 +28,7 @@ from memrewrite.sites.weights import Site, Weight
 from passes.base import Pass
 from passes.emit import Decompositions
 from passes.joint.find import WeightGradient
-from passes.split.rounded import Rounding
+from passes.split.tolerance import Rounding
 
 Chosen = dict[nn.Parameter, Site]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import passes
 from memrewrite.methods.method import Ask, Method, Task
-from passes.split.rounded import Rounding
+from passes.split.tolerance import Rounding
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from memrewrite.methods.method import METHODS, Chosen, Context, Method, Task
 from memrewrite.sites.weights import Weight
 from passes.base import Pass
-from passes.split.rounded import Rounding
+from passes.split.tolerance import Rounding
 
 
 class Rounded(Method):

@@ -27,6 +27,7 @@ class Groups:
     size: int  # of a group: numbers that follow each other in memory, even
     random: bool = False
     order: tuple[int, ...] = ()
+    signs: bool = False  # what is not 0 gets no code 0
 
     def write(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes (..., D b / 8 bytes), scales (..., D / g) bfloat16); D is filled up to g."""
@@ -40,6 +41,8 @@ class Groups:
         share = rows * (1 / scale.to(wide).clamp(min=1e-30)).unsqueeze(-1)
         code = (share + noise(rows)).floor() if self.random else share.round()
         code = code.clamp(-top, top)
+        if self.signs:
+            code = torch.where(code == 0, rows.sign(), code)
         if self.bits == 4:
             low, high = (code + top).to(torch.uint8).split(self.size // 2, -1)
             code = low | (high << 4)
@@ -60,4 +63,28 @@ class Groups:
         code = code - (2 ** (self.bits - 1) - 1) if self.bits == 4 else code
         x = (code * scale.to(wide).unsqueeze(-1)).flatten(-2)
         x = (x if x.shape[-1] == width else x[..., :width].contiguous()).to(dtype)
+        return x.permute([self.order.index(i) for i in range(x.ndim)]) if self.order else x
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Booleans, eight to a byte: exact. order: as in `Groups`."""
+
+    order: tuple[int, ...] = ()
+
+    def write(self, x: Tensor) -> Tensor:
+        """(..., D / 8) uint8; D is filled up to 8."""
+        x = x.permute(self.order) if self.order else x
+        missing = -x.shape[-1] % 8
+        bits = (F.pad(x, (0, missing)) if missing else x).to(torch.int32)
+        bits = bits.reshape(*x.shape[:-1], -1, 8) << torch.arange(8, device=x.device)
+        return bits.sum(-1).to(torch.uint8)
+
+    def bytes_of(self, width: int) -> int:
+        return -(-width // 8)
+
+    def read(self, codes: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        places = torch.arange(8, device=codes.device)
+        bits = (codes.to(torch.int32).unsqueeze(-1) >> places & 1).flatten(-2)
+        x = (bits if bits.shape[-1] == width else bits[..., :width].contiguous()).to(dtype)
         return x.permute([self.order.index(i) for i in range(x.ndim)]) if self.order else x

@@ -5,21 +5,7 @@
     backward: x --> readers                   backward: codes, scales --> restore --> x^ --> readers
 
 Identity: none; x^ is x with each group of g channels rounded to 2^b - 1 levels of its largest
-value. The forward is exact. An error of x^ passes on as its readers do:
-
-    matmuls alone                    into weight gradients: b bits, rounded up or down at random,
-                                     so that the mean of the gradients is exact
-    products                         of the order of the error: b bits for a matmul's output, else 8
-    pointwise operations, sums       (SiLU, GELU, norms) likewise: 8 bits
-    exp(x - y), attention, others    q and k are read beside their log-sum-exp, logits beside
-                                     theirs, of which an error of e makes a factor of exp(e): 16
-                                     bits in float32, else exact; where b is 4, v and the output of
-                                     attention, which is linear in them, 8
-    comparisons                      exact: a gradient may change to another branch
-
-What backward recomputes from x^ passes the error on to its own readers, which count too; an
-attention that it recomputes has the log-sum-exp of the rounded q and k.
-
+value; how many, `tolerance` tells by what reads it. The forward is exact. Booleans take one bit.
 x^ is restored beside each reader, so that none is held. Source: group-wise rounding as in ActNN
 (Chen et al. 2021, arXiv:2104.14129); the rule by readers: measured, docs/design.md.
 """
@@ -38,11 +24,9 @@ from torch.fx import Graph, Node
 
 from passes import chunked_loss
 from passes.base import (
-    CASTS,
     OTHER_VALUES,
     StandsFor,
     arguments,
-    aten,
     backward_nodes,
     base_of,
     call,
@@ -53,34 +37,15 @@ from passes.base import (
     tensor_bytes,
 )
 from passes.emit import NONE, Decompositions, emit, provenance_of
-from passes.split.groups import Groups
+from passes.split.groups import Groups, Packed
 from passes.split.recompute import MATMULS
 from passes.split.saved import kept_for_backward, readers
+from passes.split.tolerance import Rounding, bits_of, compared
 
 LEAST = 2**14  # numbers below which a tensor is not worth two kernels
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default}
-COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "sign", "floor", "ceil", "round", "trunc"}
-MOVES = {  # their readers are those of their operands
-    *("alias", "cat", "clone", "constant_pad_nd", "detach", "expand", "flip", "repeat", "roll"),
-    *("select", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
-    *("unbind", "unsqueeze"),
-}
 UNCHECKED = "saved_tensor_with_no_vc_check"  # AOTAutograd's mark: such tensors are saved last
 NOTES = ("desc", "output_stack_traces")  # in the meta of an output node, one for each output
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """bits: 8 or 4. group: numbers that share a scale. random: of what weight gradients read."""
-
-    bits: int = 8
-    group: int = 32
-    random: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"int{self.bits}"
 
 
 @dataclass(frozen=True)
@@ -116,19 +81,21 @@ def round_saved(
     for base, views in kept.views.items():
         value = base.meta["val"]
         small = isinstance(value.numel(), int) and value.numel() < LEAST
-        if value.dtype not in FLOATS or small or stands_for(base_of(views[0])) is not None:
+        mask = value.dtype == torch.bool
+        taken = stands_for(base_of(views[0])) is not None
+        if small or taken or not (mask or value.dtype in FLOATS):
             continue
         before = after = tensor_bytes(base)
         given = [places[view.name] for view in views]
         bits, reason = None, _why_exact(base, views, held)
-        if base not in trained:
+        if not reason and base not in trained and not mask:
             reason = "no weight enters it"
         if not reason:
-            bits, reason = _bits(base, given, how, dependent)
+            bits, reason = (1, "") if mask else bits_of(base, given, how, dependent)
         if bits is not None:
             direct = [*readers(backward, given)]
             alone = all(r.target in MATMULS and r in dependent for r in direct) and how.random
-            groups, width = _groups(value, bits, how.group, alone)
+            groups, width = _format(value, bits, how.group, alone, compared(given))
             if groups.bytes_of(width) < width * value.dtype.itemsize:
                 after = _round(forward, base, views, given, how.name, groups, table)
             else:
@@ -153,98 +120,16 @@ def _why_exact(base: Node, views: tuple[Node, ...], held: Collection[Node]) -> s
     return ""
 
 
-def _bits(
-    base: Node, places: Sequence[Node], how: Rounding, dependent: Collection[Node]
-) -> tuple[int | None, str]:
-    """The bits that the readers of a saved storage allow; or None, and why it stays exact.
-
-    dependent: the nodes of backward that depend on a tangent; the others are recomputations, which
-    pass the error on to their readers.
-    """
-    bits, made = how.bits, base.target in MATMULS
-    found = _reached(places, dependent)
-    carriers = {*places, *(n for n in found if n not in dependent or _moves(n))}
-    for reader in found:
-        target: Any = reader.target
-        name, read = _name(reader), _operands_of_attention(reader, carriers)
-        if reader.op == "output":
-            return None, "backward returns it"
-        if name in COMPARISONS:
-            return None, f"{name} compares it"
-        saved = _operands_of_attention(reader, places)
-        if any("logsumexp" in n or "mask" in n or "bias" in n for n in saved):
-            return None, "it is a mask or a log-sum-exp"
-        if _moves(reader):
-            continue
-        tags = getattr(target, "tags", ())
-        smooth = torch.Tag.pointwise in tags or target in CASTS or target in REDUCTIONS
-        softmax = name == "sub" and any(u.target is aten.exp.default for u in reader.users)
-        direct = any(base_of(n) in places for n in reader.all_input_nodes)
-        linear = bool(read) and read <= {"value", "out"} and (how.bits < 8 or not direct)
-        if linear or _is_consistent(reader, dependent):
-            bits = max(bits, 8)
-        elif softmax or not (smooth or target in MATMULS):
-            if base.meta["val"].dtype.itemsize < 4:
-                return None, f"{name} reads it"
-            bits = 16
-        elif (name != "mul" or not made) if smooth else reader not in dependent:
-            bits = max(bits, 8)
-    return bits, ""
-
-
-def _reached(places: Sequence[Node], dependent: Collection[Node]) -> list[Node]:
-    """The readers of these placeholders, and those of what backward recomputes from them."""
-    found: dict[Node, None] = {}
-    stack = list(places)
-    while stack:
-        for reader in readers(places[0].graph, [stack.pop()]):
-            if reader not in found:
-                found[reader] = None
-                if reader not in dependent or _moves(reader):
-                    stack.append(reader)
-    return list(found)
-
-
-def _attention(reader: Node) -> dict[str, Any]:
-    """Name -> argument of a call of an attention, or {}."""
-    drawn = "run_with_rng_state" in str(reader.target)  # (rng state, operation, operands...)
-    schema = getattr(reader.args[1] if drawn else reader.target, "_schema", None)
-    if schema is None or "attention" not in schema.name:
-        return {}
-    given = reader.args[2:] if drawn else reader.args
-    return dict(zip((argument.name for argument in schema.arguments), given, strict=False))
-
-
-def _operands_of_attention(reader: Node, carriers: Collection[Node]) -> set[str]:
-    """The names under which an attention's backward reads what has the error."""
-    found = _attention(reader).items()
-    return {n for n, value in found if isinstance(value, Node) and base_of(value) in carriers}
-
-
-def _is_consistent(reader: Node, dependent: Collection[Node]) -> bool:
-    """Whether it is an attention that backward recomputes, or its backward: then the log-sum-exp
-    is that of the rounded q and k."""
-    given = _attention(reader)
-    lse = next((value for name, value in given.items() if "logsumexp" in name), None)
-    if isinstance(lse, Node):
-        return base_of(lse).op != "placeholder"
-    return bool(given) and reader not in dependent
-
-
-def _name(node: Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
-
-
-def _moves(node: Node) -> bool:
-    return node.target is getitem or _name(node) in MOVES
-
-
-def _groups(value: Tensor, bits: int, size: int, random: bool) -> tuple[Groups, int]:
+def _format(
+    value: Tensor, bits: int, size: int, random: bool, signs: bool
+) -> tuple[Groups | Packed, int]:
     """The format of a tensor, and the width of its rows in memory."""
     order = _order(value) or ()
     width = value.shape[order[-1]]
-    own = order == tuple(range(len(order)))
-    return Groups(bits, min(size, width + width % 2), random, () if own else order), width
+    order = () if order == tuple(range(len(order))) else order
+    if bits == 1:
+        return Packed(order), width
+    return Groups(bits, min(size, width + width % 2), random, order, signs), width
 
 
 def _order(value: Tensor) -> tuple[int, ...] | None:
@@ -277,7 +162,7 @@ def _round(
     views: Sequence[Node],
     places: Sequence[Node],
     name: str,
-    groups: Groups,
+    groups: Groups | Packed,
     table: Decompositions,
 ) -> Any:
     """Save codes and scales of a storage in place of its views; returns their bytes."""

@@ -50,6 +50,16 @@ def test_real_models(name: str) -> None:
     assert "rounded: " in str(memrewrite.report(ours))
 
 
+def test_the_masks_of_a_dropout_take_one_bit_and_are_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64))
+    memrewrite.compile(model, activations="int8", backend="aot_eager")
+    model(torch.randn(32, 64)).square().mean().backward()
+    found = [r for b in session_of(model).bindings() for r in b.variant.record.rounded]
+    assert [one.after for one in found if one.bits == 1] == [32 * 64 // 8]
+    assert model[0].bias.grad.isfinite().all()
+
+
 def test_what_checkpoints_save_is_rounded_and_attention_made_again_from_it() -> None:
     """Without checkpoints q and k need 16 bits; here their log-sum-exp is made again as well."""
     torch.manual_seed(0)

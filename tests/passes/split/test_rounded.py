@@ -21,9 +21,10 @@ import memrewrite
 from memrewrite import Rounded
 from memrewrite.session.session import session_of
 from passes.base import aten
-from passes.split.groups import Groups
-from passes.split.rounded import Decision, Rounding, round_saved
+from passes.split.groups import Groups, Packed
+from passes.split.rounded import Decision, round_saved
 from passes.split.saved import kept_for_backward
+from passes.split.tolerance import Rounding
 
 # --- the format -----------------------------------------------------------------------------------
 
@@ -98,6 +99,21 @@ def test_groups_follow_the_memory(order: tuple[int, ...]) -> None:
     )
 
 
+@given(
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_booleans_take_a_bit_each(shape: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.rand(shape) < 0.5
+    order = tuple(torch.randperm(len(shape)).tolist())
+    packed = Packed(order).write(x.permute([order.index(i) for i in range(len(shape))]))
+    assert packed.numel() == x.numel() // shape[-1] * -(-shape[-1] // 8)
+    back = Packed(order).read(packed, shape[-1], torch.bool)
+    assert torch.equal(back.permute(order), x)
+
+
 # --- the graphs -----------------------------------------------------------------------------------
 
 Reads = Callable[[Builder, Node, Node], Node]
@@ -139,6 +155,10 @@ def compared(b: Builder, h: Node, dy: Node) -> Node:
     return b.op(aten.mul.Tensor, dy, b.op(aten.gt.Scalar, h, 0))
 
 
+def compared_with_another(b: Builder, h: Node, dy: Node) -> Node:
+    return b.op(aten.mul.Tensor, dy, b.op(aten.gt.Scalar, h, 0.5))
+
+
 def returned(b: Builder, h: Node, dy: Node) -> Node:
     return h
 
@@ -159,7 +179,8 @@ def rounded(
         (pointwise, True, 8, 8),
         (softmax, True, 16, 16),
         (opaque, True, 16, 16),
-        (compared, True, "gt compares it", "gt compares it"),
+        (compared, True, 8, 8),
+        (compared_with_another, True, "gt compares it", "gt compares it"),
         (returned, True, "backward returns it", "backward returns it"),
     ],
 )
@@ -245,6 +266,15 @@ def run(graph: Graph, *args: Tensor) -> Any:
     with torch.no_grad():
         found = Interpreter(GraphModule(nn.Module(), graph)).run(*args)
     return found if len(found) > 1 else found[0]
+
+
+def test_a_comparison_with_zero_is_exact() -> None:
+    forward, backward, _ = rounded(compared, Rounding())
+    x, dy = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    x[0] = 0
+    x[1:] *= 1e-3 ** torch.rand(SIZE - 1, SIZE)
+    _, *codes = run(forward, x)
+    assert torch.equal(run(backward, *codes, dy), dy * (x @ x > 0))
 
 
 def test_twice_is_once() -> None:
