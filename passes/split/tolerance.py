@@ -6,10 +6,11 @@ The error of a rounded tensor passes on as its readers do:
                                      so that the mean of the gradients is exact
     products                         of the order of the error: b bits for a matmul's output, else 8
     pointwise operations, sums       (SiLU, GELU, norms) likewise: 8 bits
-    exp(x - y), attention, others    q and k are read beside their log-sum-exp, logits beside
-                                     theirs, of which an error of e makes a factor of exp(e): 16
-                                     bits in float32, else exact; where b is 4, v and the output of
-                                     attention, which is linear in them, 8
+    attention, others                q and k are read beside their log-sum-exp, of which an error of
+                                     e makes a factor of exp(e): 16 bits in float32, else exact;
+                                     where b is 4, v and the output of attention, which is linear
+                                     in them, 8
+    exp(x - y)                       exact: logits, or scores, whose masks are infinities
     comparisons with 0               (ReLU) 8 bits: what is not 0 is not rounded to 0
     other comparisons                exact: a gradient may change to another branch
 
@@ -91,7 +92,9 @@ def bits_of(
         linear = bool(read) and read <= {"value", "out"} and (how.bits < 8 or not direct)
         if linear or _is_consistent(reader, dependent):
             bits = max(bits, 8)
-        elif softmax or not (smooth or target in MATMULS):
+        elif softmax:
+            return None, "its exponential is read, and it may hold infinities"
+        elif not (smooth or target in MATMULS):
             if base.meta["val"].dtype.itemsize < 4:
                 return None, f"{name} reads it"
             bits = 16

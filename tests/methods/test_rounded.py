@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from huggingface import MODELS
 from models import Run, gradients
 from torch import Tensor, nn
@@ -58,6 +59,19 @@ def test_the_masks_of_a_dropout_take_one_bit_and_are_exact() -> None:
     found = [r for b in session_of(model).bindings() for r in b.variant.record.rounded]
     assert [one.after for one in found if one.bits == 1] == [32 * 64 // 8]
     assert model[0].bias.grad.isfinite().all()
+
+
+def test_masked_scores_of_an_attention_with_dropout_stay_exact() -> None:
+    """It is written out, and its scores are -inf where they are masked."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_embd": 128, "n_head": 4, "vocab_size": 500, "n_positions": 64}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    tokens = torch.randint(0, 500, (8, 64))
+    memrewrite.compile(model, activations="int8", backend="aot_eager")
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    found = [r for b in session_of(model).bindings() for r in b.variant.record.rounded]
+    assert any("may hold infinities" in one.reason for one in found)
 
 
 def test_what_checkpoints_save_is_rounded_and_attention_made_again_from_it() -> None:

@@ -116,6 +116,7 @@ def test_booleans_take_a_bit_each(shape: list[int], seed: int) -> None:
 
 # --- the graphs -----------------------------------------------------------------------------------
 
+SOFTMAX = "its exponential is read, and it may hold infinities"
 Reads = Callable[[Builder, Node, Node], Node]
 SIZE = 128  # squared: the least that is rounded
 
@@ -177,7 +178,7 @@ def rounded(
         (product, True, 8, 4),
         (product, False, 8, 8),
         (pointwise, True, 8, 8),
-        (softmax, True, 16, 16),
+        (softmax, True, SOFTMAX, SOFTMAX),
         (opaque, True, 16, 16),
         (compared, True, 8, 8),
         (compared_with_another, True, "gt compares it", "gt compares it"),
@@ -245,7 +246,7 @@ return (mul_tensor,)""",
 
 @settings(max_examples=20, deadline=None)
 @given(
-    reads=st.sampled_from([weight_gradient, product, pointwise, softmax, opaque]),
+    reads=st.sampled_from([weight_gradient, product, pointwise, opaque]),
     how=st.builds(Rounding, st.sampled_from([4, 8]), st.sampled_from([16, 32]), st.booleans()),
     seed=st.integers(0, 99),
 )
