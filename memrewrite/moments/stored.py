@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Held:
     def inputs(self, state: Mapping[str, Tensor], fresh: bool = False) -> list[Tensor]:
         """The tensors of a state, not as their bytes; fresh: other tensors of their storage."""
         found = []
-        for key, dtype in self._dtypes.items():
+        for key, dtype in _dtypes(self).items():
             kept = state[key]
             last = kept.shape[-1:].numel() * kept.itemsize // dtype.itemsize
             shape = (*kept.shape[:-1], last) if kept.ndim else ()
@@ -111,13 +111,14 @@ class Held:
         longer = part.is_floating_point() and part.itemsize > self.dtype.itemsize
         return longer and part.ndim > 0 and part.is_contiguous()
 
-    @cached_property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """Of each entry, before it is kept as its bytes."""
-        like = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        zeros = (_packed(self.moment.zeros(like, name=name)) for name in self.names)
-        parts = [part for stored in zeros for part in stored]
-        return {key: part.dtype for key, part in zip(self.keys, parts, strict=True)}
+
+@cache  # read in every step
+def _dtypes(held: Held) -> dict[str, torch.dtype]:
+    """Of each entry, before it is kept as its bytes."""
+    like = torch.empty(held.shape, dtype=held.dtype, device="meta")
+    zeros = (_packed(held.moment.zeros(like, name=name)) for name in held.names)
+    parts = [part for stored in zeros for part in stored]
+    return {key: part.dtype for key, part in zip(held.keys, parts, strict=True)}
 
 
 def take_back(

@@ -225,11 +225,7 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
                 "with the galore options of the run that saved it, or start with a new optimizer"
             )
         elif isinstance(state, dict) and parameter not in attachment.stored:
-            shapes = dict.fromkeys((n for n in ADAM.moments if n in state), tuple(parameter.shape))
-            told = full_from_here(take_back(state, shapes, parameter.dtype))
-            if told:
-                attachment.warn_once("stored", told)
-            _check_stored_by_nobody(parameter, state)
+            _take_back(parameter, state, attachment)
         grad, ours = parameter.grad, attachment.targets or attachment.stored
         if ours and grad is not None and grad.is_sparse:
             raise UnsupportedError(
@@ -238,10 +234,18 @@ def _check_members(optimizer: Optimizer, attachment: Attachment) -> None:
             )
 
 
-def _check_stored_by_nobody(parameter: nn.Parameter, state: dict[str, Any]) -> None:
-    """Raise ValueError for moments in several tensors: stock Adam would read one of them."""
+def _take_back(parameter: nn.Parameter, state: dict[str, Any], attachment: Attachment) -> None:
+    """Bring moments in several tensors back in full, as stock Adam would read one of them.
+
+    Raises ValueError where no registered form stores them so.
+    """
     parts = [k for k in state if k.startswith(tuple(ADAM.moments)) and k not in ADAM.moments]
-    if parts:
+    if not parts:
+        return
+    shapes = dict.fromkeys((n for n in ADAM.moments if n in state), tuple(parameter.shape))
+    if told := full_from_here(take_back(state, shapes, parameter.dtype)):
+        attachment.warn_once("stored", told)
+    else:
         raise ValueError(
             f"the optimizer holds moments of a weight {tuple(parameter.shape)} in a storage format "
             f"({', '.join(parts)}) that the model is not compiled with: pass the moments= of the "

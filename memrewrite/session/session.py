@@ -40,7 +40,9 @@ class Session:
     request: dict[str, Any]  # the arguments of `compile`
     velora: VeLoRA | None = None
     galore: GaLore | None = None
-    moments: Any = None  # a moments.moment.Moment, for the weights that no method takes
+    moments: Any = (
+        None  # a moments.moment.Moment, for weights with neither small gradients nor coordinates
+    )
     graphs: list[Graph] = field(default_factory=list)
     calls: Calls = field(default_factory=Calls)
     on_change: Callable[[Session, bool], None] | None = None
